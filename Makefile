@@ -1,0 +1,45 @@
+# `make check` is what CI runs. The tools are pinned in .ci/tools/go.mod, a module file of their own:
+# golangci-lint's two hundred dependencies have no business in the relay's go.mod.
+TOOL     := go tool -modfile=.ci/tools/go.mod
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null)
+FUZZTIME ?= 20s
+
+.DEFAULT_GOAL := help
+.PHONY: build test lint fuzz bench e2e check vuln help
+
+build: ## the static release binary, bin/pyrycode-relay
+	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o bin/pyrycode-relay ./cmd/pyrycode-relay
+
+test: ## every test, race detector on, shuffled
+	go test -race -shuffle=on -timeout 15m ./...
+
+lint: ## gofmt, golangci-lint (with gosec), tidy go.mod
+	@files=$$(gofmt -l bus cmd gateway registry testenv) || exit 1; \
+	if [ -n "$$files" ]; then echo "not gofmt-ed:"; echo "$$files"; exit 1; fi
+	go mod tidy -diff
+	$(TOOL) golangci-lint run ./...
+
+fuzz: ## every fuzz target for FUZZTIME (20s) each
+	@set -e; found=0; \
+	for pkg in $$(go list ./...); do \
+		list=$$(go test -list '^Fuzz' $$pkg) || { echo "$$list"; exit 1; }; \
+		for name in $$(echo "$$list" | grep '^Fuzz' || true); do \
+			found=1; echo "== $$pkg $$name"; \
+			go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) $$pkg; \
+		done; \
+	done; \
+	if [ $$found = 0 ]; then echo "no fuzz target found"; exit 1; fi
+
+bench: ## every benchmark
+	go test -run '^$$' -bench . -benchmem ./...
+
+e2e: ## the built program, NATS from the shipped files, several nodes: all of cmd/
+	go test -race -count=1 -v -timeout 10m ./cmd/...
+
+check: lint test ## what CI runs
+
+vuln: ## known vulnerabilities; needs vuln.go.dev, fails without it
+	$(TOOL) govulncheck ./...
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "  %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -1,0 +1,268 @@
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// ConnConfig says which NATS a node uses: an external one (URL), or one embedded
+// in this process (no URL), with a nats-server configuration file or without.
+type ConnConfig struct {
+	URL   string // comma-separated server URLs; empty: embedded
+	Creds string // file of a NATS credential
+	CA    string // PEM file that signs the servers' certificates
+	Cert  string // PEM files of a client certificate
+	Key   string
+
+	ConfigFile string // of the embedded server: cluster, gateways, leaf nodes, TLS, accounts
+	StoreDir   string // of the embedded server's JetStream; empty: memory
+}
+
+// Conn is a node's connection to NATS, and the server if that is embedded.
+type Conn struct {
+	nc         *nats.Conn
+	js         jetstream.JetStream
+	srv        *server.Server
+	configured int    // servers in srv's cluster
+	tmp        string // store directory that Close removes
+
+	mu        sync.Mutex
+	disturbed []func()
+}
+
+// Dial connects node to NATS. With an external one it returns at once and goes on
+// trying in the background for ever: Connected tells. The error names a setting
+// that cannot work.
+func Dial(cfg ConnConfig, node NodeID, log *slog.Logger) (*Conn, error) {
+	c := &Conn{}
+	opts := c.options(node, log)
+	url := cfg.URL
+	if cfg.URL == "" {
+		if err := c.embed(cfg, log); err != nil {
+			return nil, err
+		}
+		url = c.srv.ClientURL()
+		opts = append(opts, nats.InProcessServer(c.srv))
+	}
+	opts = append(opts, credentials(cfg)...)
+	nc, err := nats.Connect(url, opts...)
+	if err != nil {
+		c.Close()
+		return nil, fmt.Errorf("connect to NATS: %w", redact(err))
+	}
+	c.nc = nc
+	if c.js, err = jetstream.New(nc, jetstream.WithDefaultTimeout(jsTimeout)); err != nil {
+		c.Close()
+		return nil, fmt.Errorf("use JetStream: %w", err)
+	}
+	return c, nil
+}
+
+func (c *Conn) options(node NodeID, log *slog.Logger) []nats.Option {
+	return []nats.Option{
+		nats.Name("pyrycode-relay " + string(node)),
+		nats.CustomInboxPrefix(inboxPrefix + string(node)),
+		nats.RetryOnFailedConnect(true),
+		nats.MaxReconnects(-1),
+		nats.ReconnectWait(reconnectWait),
+		nats.ReconnectJitter(reconnectJitter, reconnectJitter),
+		nats.PingInterval(natsPingInterval),
+		nats.MaxPingsOutstanding(natsPings),
+		nats.Timeout(natsDialTimeout),
+		nats.FlusherTimeout(natsFlushTimeout),
+		nats.ReconnectBufSize(-1), // links send again; an old buffer would replay stale frames
+		nats.NoEcho(),
+		nats.ConnectHandler(func(*nats.Conn) { log.Info("nats_connected") }),
+		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
+			if err != nil {
+				log.Warn("nats_disconnected", "error", redact(err))
+			}
+		}),
+		nats.ReconnectHandler(func(*nats.Conn) {
+			log.Info("nats_reconnected")
+			c.tellDisturbed()
+		}),
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
+			log.Warn("nats_error", "error", redact(err))
+			c.tellDisturbed()
+		}),
+		nats.LameDuckModeHandler(func(nc *nats.Conn) {
+			log.Info("nats_lame_duck")
+			_ = nc.ForceReconnect() // the server closes us anyway; this moment is as good as any
+		}),
+	}
+}
+
+func credentials(cfg ConnConfig) (opts []nats.Option) {
+	if cfg.Creds != "" {
+		opts = append(opts, nats.UserCredentials(cfg.Creds))
+	}
+	if cfg.CA != "" {
+		opts = append(opts, nats.RootCAs(cfg.CA))
+	}
+	if cfg.Cert != "" {
+		opts = append(opts, nats.ClientCert(cfg.Cert, cfg.Key))
+	}
+	return opts
+}
+
+// embed starts the server inside this process.
+func (c *Conn) embed(cfg ConnConfig, log *slog.Logger) error {
+	opts, err := c.serverOptions(cfg)
+	if err != nil {
+		return err
+	}
+	srv, err := server.NewServer(opts)
+	if err != nil {
+		return fmt.Errorf("embedded NATS server: %w", redact(err))
+	}
+	c.srv, c.configured = srv, clusterSize(opts)
+	srv.SetLoggerV2(natsLog{log}, false, false, false)
+	srv.Start()
+	if !srv.ReadyForConnections(embeddedReady) {
+		c.Close()
+		return errors.New("embedded NATS server: not ready in time; is a port of its configuration taken?")
+	}
+	return nil
+}
+
+func (c *Conn) serverOptions(cfg ConnConfig) (*server.Options, error) {
+	if cfg.ConfigFile != "" {
+		opts, err := server.ProcessConfigFile(cfg.ConfigFile)
+		if err != nil {
+			return nil, fmt.Errorf("NATS configuration %s: %w", cfg.ConfigFile, redact(err))
+		}
+		if !opts.JetStream {
+			return nil, fmt.Errorf("NATS configuration %s: JetStream is off; add a jetstream block, the registry lives in it", cfg.ConfigFile)
+		}
+		if cfg.StoreDir != "" {
+			opts.StoreDir = cfg.StoreDir
+		}
+		opts.NoSigs = true
+		return opts, nil
+	}
+	opts := &server.Options{
+		ServerName: "embedded", DontListen: true, JetStream: true, StoreDir: cfg.StoreDir,
+		JetStreamMaxMemory: embeddedMemory, JetStreamMaxStore: embeddedStore,
+		MaxPayload: embeddedMaxPayload, NoSigs: true,
+	}
+	if opts.StoreDir == "" {
+		dir, err := os.MkdirTemp("", "pyrycode-relay-nats-")
+		if err != nil {
+			return nil, fmt.Errorf("embedded NATS server: %w", err)
+		}
+		c.tmp, opts.StoreDir = dir, dir
+	}
+	return opts, nil
+}
+
+// Embedded reports whether the NATS server runs in this process.
+func (c *Conn) Embedded() bool { return c.srv != nil }
+
+// Connected reports whether the connection to NATS is up.
+func (c *Conn) Connected() bool { return c.nc.IsConnected() }
+
+// MaxPayload is the largest message in bytes that the server takes; 0 before the
+// first connect.
+func (c *Conn) MaxPayload() int64 { return c.nc.MaxPayload() }
+
+// JetStream is for the registry's buckets.
+func (c *Conn) JetStream() jetstream.JetStream { return c.js }
+
+// Request is a plain NATS request, for the JetStream calls that have no client
+// method. The error is ErrNoResponders or what NATS says.
+func (c *Conn) Request(ctx context.Context, subject string, data []byte) (*nats.Msg, error) {
+	msg, err := c.nc.RequestWithContext(ctx, subject, data)
+	if errors.Is(err, nats.ErrNoResponders) {
+		return nil, ErrNoResponders
+	}
+	return msg, err
+}
+
+// Servers is how many NATS servers the cluster of the connection has, as far as
+// this connection or the embedded server's configuration tells: at least 1.
+func (c *Conn) Servers() int {
+	if c.srv != nil {
+		return c.configured
+	}
+	return max(1, len(c.nc.Servers()))
+}
+
+// clusterSize counts the servers that a configuration names: this one and every
+// route that does not lead to itself.
+func clusterSize(opts *server.Options) int {
+	n := 1
+	for _, r := range opts.Routes {
+		if r.Host != net.JoinHostPort(opts.Cluster.Host, strconv.Itoa(opts.Cluster.Port)) {
+			n++
+		}
+	}
+	return n
+}
+
+// Close closes the connection and stops the embedded server.
+func (c *Conn) Close() {
+	if c.nc != nil {
+		c.nc.Close()
+	}
+	if c.srv != nil {
+		c.srv.Shutdown()
+		c.srv.WaitForShutdown()
+	}
+	if c.tmp != "" {
+		_ = os.RemoveAll(c.tmp) // a temporary directory
+	}
+}
+
+func (c *Conn) onDisturbed(f func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.disturbed = append(c.disturbed, f)
+}
+
+// tellDisturbed says that messages may have been lost.
+func (c *Conn) tellDisturbed() {
+	c.mu.Lock()
+	fs := c.disturbed
+	c.mu.Unlock()
+	for _, f := range fs {
+		f()
+	}
+}
+
+// redact keeps what an error says and leaves out what a URL in it may hold: a
+// password.
+func redact(err error) error {
+	text := err.Error()
+	fields := strings.Fields(text)
+	for i, f := range fields {
+		if strings.Contains(f, "://") && strings.Contains(f, "@") {
+			fields[i] = "(url)"
+		}
+	}
+	return errors.New(strings.Join(fields, " "))
+}
+
+// natsLog passes the embedded server's warnings and errors on.
+type natsLog struct{ log *slog.Logger }
+
+func (l natsLog) Noticef(string, ...any)         {}
+func (l natsLog) Debugf(string, ...any)          {}
+func (l natsLog) Tracef(string, ...any)          {}
+func (l natsLog) Warnf(format string, v ...any)  { l.line(slog.LevelWarn, format, v) }
+func (l natsLog) Errorf(format string, v ...any) { l.line(slog.LevelError, format, v) }
+func (l natsLog) Fatalf(format string, v ...any) { l.line(slog.LevelError, format, v) }
+func (l natsLog) line(v slog.Level, f string, a []any) {
+	l.log.Log(context.Background(), v, "nats_server", "text", redact(fmt.Errorf(f, a...)).Error())
+}

@@ -1,0 +1,209 @@
+package bus
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+)
+
+// This file is the one table of what nodes say to each other.
+//
+// Protocol flow of a link (phone's node A, binary's node B):
+//
+//	A → B  OPEN (a NATS request)     B → A  ACCEPT or REFUSE (its reply)
+//	A → B  ACK: I know that you accepted
+//	both   DATA, in both directions, each numbered from 1
+//	both   ACK, when no DATA goes back soon enough to carry it
+//	both   PROBE, when DATA or CLOSE stays unacknowledged; answered by ACK
+//	both   CLOSE, numbered like DATA, so that it overtakes none
+//	both   RESET, when the link cannot go on; answered by ACK, repeated until then
+//
+// Every message starts with this header, big endian:
+//
+//	 0  version   u8   version
+//	 1  kind      u8   Kind
+//	 2  reason    u8   Reason, in REFUSE, CLOSE and RESET; flags in OPEN and ACCEPT
+//	 3  link      u64  LinkID, chosen by A
+//	11  session   16 B SessionID of the binary connection the link is bound to
+//	27  seq       u64  DATA, CLOSE: number. PROBE: highest number sent. ACK: the
+//	                   lowest number missing, when a gap was seen, else 0
+//	35  ack       u64  every number up to here has arrived in order
+//	43  credit    u64  the receiver takes this many bytes in all (frame bytes
+//	                   plus frameOverhead each), counted from the link's start
+//	51  payload        DATA: one frame. OPEN: u8 length of A's node id, node id,
+//	                   conn id. CLOSE, RESET: u16 close code, with ReasonCode
+//
+// PROBE, CLOSE and RESET carry the sender's subject as NATS reply subject, for an
+// answer from a node that does not know the link.
+//
+// ack and credit only grow, so a message that comes late or twice does no harm.
+const (
+	version = 1
+
+	// Headroom is how many bytes the header takes in front of a payload.
+	// Whoever passes a frame to Link.Send leaves them free.
+	Headroom = 51
+)
+
+// errMalformed is returned when a message cannot have come from a relay of this
+// version. It is counted and dropped, never answered.
+var errMalformed = errors.New("malformed message")
+
+// Kind says what a message is.
+type Kind uint8
+
+// The kinds. Numbers are part of the protocol between nodes.
+const (
+	KindOpen      Kind = 1  // A → B  request: bind a link to a session; credit = A's window
+	KindAccept    Kind = 2  // B → A  reply; credit = B's window, 0 with flagGrace
+	KindRefuse    Kind = 3  // B → A  reply; reason
+	KindData      Kind = 4  // both   one frame
+	KindAck       Kind = 5  // both   ack and credit; seq ≠ 0 reports a gap
+	KindClose     Kind = 6  // both   the last numbered message
+	KindReset     Kind = 7  // both   the link is lost
+	KindProbe     Kind = 8  // both   how far are you?
+	KindHello     Kind = 9  // request to a node; answered by HELLO
+	KindChallenge Kind = 10 // request: is the binary of this session alive? answered by ALIVE or GONE
+	KindAlive     Kind = 11 // reply: it answered a ping sent after the request came
+	KindGone      Kind = 12 // reply: this node does not hold that session, or it did not answer
+	KindTaken     Kind = 13 // notice: that session has been replaced, look at the KV
+)
+
+func (k Kind) String() string {
+	names := [...]string{"", "OPEN", "ACCEPT", "REFUSE", "DATA", "ACK", "CLOSE", "RESET", "PROBE", "HELLO", "CHALLENGE", "ALIVE", "GONE", "TAKEN"}
+	if int(k) < len(names) && k > 0 {
+		return names[k]
+	}
+	return fmt.Sprintf("Kind(%d)", uint8(k))
+}
+
+// flagGrace in ACCEPT: the binary is away, credit comes when it returns.
+const flagGrace Reason = 0x80
+
+// Reason is an error as one byte. Numbers are part of the protocol.
+type Reason uint8
+
+// ReasonCode says that the payload holds the close code that a peer chose.
+const ReasonCode Reason = 1
+
+const reasonLinkLost Reason = 2
+
+var reasons = map[Reason]error{
+	reasonLinkLost: ErrLinkLost,
+
+	3:  ErrNodeGone,
+	4:  ErrReclaimed,
+	5:  ErrMoved,
+	6:  ErrAway,
+	7:  ErrGraceOver,
+	8:  ErrBacklog,
+	9:  ErrNoSession,
+	10: ErrTooManyPhones,
+	11: ErrDraining,
+}
+
+// reasonOf gives the byte and the payload that carry err. What has no byte of
+// its own is a lost link.
+func reasonOf(err error) (Reason, []byte) {
+	var code CodeError
+	if errors.As(err, &code) {
+		return ReasonCode, binary.BigEndian.AppendUint16(nil, uint16(code))
+	}
+	for r, e := range reasons {
+		if errors.Is(err, e) {
+			return r, nil
+		}
+	}
+	return reasonLinkLost, nil
+}
+
+// errorOf is the inverse of reasonOf.
+func errorOf(r Reason, payload []byte) error {
+	if r == ReasonCode && len(payload) == 2 {
+		return CodeError(binary.BigEndian.Uint16(payload))
+	}
+	if err, ok := reasons[r]; ok {
+		return err
+	}
+	return ErrLinkLost
+}
+
+// Message is one message between nodes.
+type Message struct {
+	Kind    Kind
+	Reason  Reason
+	Link    LinkID
+	Session SessionID
+	Seq     uint64
+	Ack     uint64
+	Credit  uint64
+	Payload []byte
+}
+
+// putHeader writes m's header to p, which has Headroom bytes.
+func (m *Message) putHeader(p []byte) {
+	_ = p[Headroom-1]
+	p[0] = version
+	p[1] = byte(m.Kind)
+	p[2] = byte(m.Reason)
+	binary.BigEndian.PutUint64(p[3:], uint64(m.Link))
+	copy(p[11:27], m.Session[:])
+	binary.BigEndian.PutUint64(p[27:], m.Seq)
+	binary.BigEndian.PutUint64(p[35:], m.Ack)
+	binary.BigEndian.PutUint64(p[43:], m.Credit)
+}
+
+// encode returns m as it goes on the wire, in a new slice.
+func (m *Message) encode() []byte {
+	p := make([]byte, Headroom+len(m.Payload))
+	m.putHeader(p)
+	copy(p[Headroom:], m.Payload)
+	return p
+}
+
+// decode takes a message apart. The payload aliases p. The error is
+// errMalformed, with what is wrong and never with what p holds.
+func decode(p []byte) (Message, error) {
+	if len(p) < Headroom {
+		return Message{}, fmt.Errorf("%w: %d bytes, want at least %d", errMalformed, len(p), Headroom)
+	}
+	if p[0] != version {
+		return Message{}, fmt.Errorf("%w: version %d, want %d", errMalformed, p[0], version)
+	}
+	m := Message{
+		Kind:    Kind(p[1]),
+		Reason:  Reason(p[2]),
+		Link:    LinkID(binary.BigEndian.Uint64(p[3:])),
+		Session: SessionID(p[11:27]),
+		Seq:     binary.BigEndian.Uint64(p[27:]),
+		Ack:     binary.BigEndian.Uint64(p[35:]),
+		Credit:  binary.BigEndian.Uint64(p[43:]),
+		Payload: p[Headroom:],
+	}
+	if m.Kind < KindOpen || m.Kind > KindTaken {
+		return Message{}, fmt.Errorf("%w: kind %d", errMalformed, p[1])
+	}
+	return m, nil
+}
+
+// joinOpen is the payload of an OPEN from node.
+func joinOpen(node NodeID, connID string) []byte {
+	p := make([]byte, 0, 1+len(node)+len(connID))
+	p = append(p, byte(len(node))) //nolint:gosec // NewNodeID: at most 64*3+9
+	p = append(p, node...)
+	return append(p, connID...)
+}
+
+// splitOpen is the inverse of joinOpen.
+func splitOpen(p []byte) (node NodeID, connID string, ok bool) {
+	if len(p) < 1 || len(p) < 1+int(p[0]) || p[0] == 0 {
+		return "", "", false
+	}
+	n := 1 + int(p[0])
+	for _, c := range p[1:n] {
+		if !plain(c) && c != '=' {
+			return "", "", false // it becomes part of a subject
+		}
+	}
+	return NodeID(p[1:n]), string(p[n:]), true
+}

@@ -1,0 +1,363 @@
+package bus
+
+import (
+	"errors"
+	"sync"
+	"time"
+)
+
+// Receiver is what a link hands frames to: a connection. Its methods are called
+// one at a time for each link, in order, and must not block: they run on the
+// dispatch goroutine or on the other end's.
+type Receiver interface {
+	// Deliver takes one frame, exactly once and in order. p belongs to the
+	// receiver, which calls l.Consumed(len(p)) when its socket has taken it.
+	Deliver(l *Link, p []byte)
+	// End tells that the link has ended, after its last frame. err is one of the
+	// errors of errors.go or a CodeError. It is called at most once, and not when
+	// this side closed the link.
+	End(l *Link, err error)
+}
+
+// side is the end of a link that this node is.
+type side uint8
+
+const (
+	phoneSide side = iota
+	binarySide
+)
+
+// linkKey finds a link. The session in it is the fence: a message for another
+// session of the same server-id finds nothing.
+type linkKey struct {
+	id      LinkID
+	session SessionID
+	side    side
+}
+
+// Link is this node's end of the path of one phone connection. It is bound to
+// one session; a link whose session was replaced before it carried anything may
+// be opened again (Bus.Open), every other one ends. All methods may be called
+// concurrently.
+type Link struct {
+	// Static after construction.
+	bus      *Bus
+	id       LinkID
+	side     side
+	serverID string
+	token    string
+	connID   string
+
+	// Guarded by mu. Lock order: Link.mu before Bus.mu and Bus.pumpMu; never two
+	// links' mu at once.
+	mu       sync.Mutex
+	writable sync.Cond // outstanding fell, or ended
+	st       linkState
+	recv     Receiver
+	bound    bool // node, session and the rest of the path are set
+	node     NodeID
+	session  SessionID
+	subject  string
+	peer     *Link // the other end, if it is on this node
+	closed   bool  // by this side
+	ended    bool  // closed, or the other side's end has been told
+	running  bool  // a goroutine is in run
+	queued   bool  // in Bus.ready
+	timed    bool  // in Bus.timed
+}
+
+// ServerID is the server-id that the link belongs to.
+func (l *Link) ServerID() string { return l.serverID }
+
+// ConnID is the phone connection's id.
+func (l *Link) ConnID() string { return l.connID }
+
+// Node is where the other end is; empty while the link is not bound.
+func (l *Link) Node() NodeID {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.node
+}
+
+// Session is the session that the link is bound to.
+func (l *Link) Session() SessionID {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.session
+}
+
+// Send queues one frame, whose first Headroom bytes are free for the link's use,
+// and blocks while a window's worth is waiting or on its way. The buffer belongs
+// to the link from then on. It returns ErrClosed when the link has ended.
+func (l *Link) Send(buf []byte) error {
+	l.mu.Lock()
+	for !l.ended && l.st.outstanding() >= l.st.window {
+		l.writable.Wait()
+	}
+	if l.ended {
+		l.mu.Unlock()
+		return ErrClosed
+	}
+	l.st.send(buf, time.Now())
+	l.watchLocked()
+	l.mu.Unlock()
+	l.kick()
+	return nil
+}
+
+// Offer queues one frame like Send and never blocks. When more than
+// Config.Backlog would wait, it ends the link on both sides and returns
+// ErrBacklog; it returns ErrClosed when the link has ended.
+func (l *Link) Offer(buf []byte) error {
+	l.mu.Lock()
+	if l.ended {
+		l.mu.Unlock()
+		return ErrClosed
+	}
+	if l.st.outstanding()+frameCost(len(buf)-Headroom) > uint64(l.bus.cfg.Backlog) { //nolint:gosec // positive
+		l.mu.Unlock()
+		l.close(ErrBacklog, true)
+		return ErrBacklog
+	}
+	l.st.send(buf, time.Now())
+	l.watchLocked()
+	l.mu.Unlock()
+	l.kick()
+	return nil
+}
+
+// Consumed tells that the socket has taken a frame of n bytes.
+func (l *Link) Consumed(n int) {
+	l.mu.Lock()
+	l.st.consume(frameCost(n))
+	due := l.st.ackNow && l.bound
+	l.mu.Unlock()
+	if due {
+		l.kick()
+	}
+}
+
+// Close ends the link from this side: the other side is told err after every
+// frame before it. Calls after the first do nothing.
+func (l *Link) Close(err error) { l.close(err, false) }
+
+// Abort is Close, but gives up frames that have not been sent yet.
+func (l *Link) Abort(err error) { l.close(err, true) }
+
+func (l *Link) close(err error, urgent bool) {
+	l.mu.Lock()
+	if l.ended {
+		l.mu.Unlock()
+		return
+	}
+	l.closed, l.ended = true, true
+	l.st.close(err, urgent)
+	bound := l.bound
+	l.writable.Broadcast()
+	l.mu.Unlock()
+	l.bus.handler.Ended(l)
+	if bound {
+		l.kick()
+	}
+}
+
+// Fail ends the link on this side with err, tells the receiver, and resets the
+// other side.
+func (l *Link) Fail(err error) {
+	l.mu.Lock()
+	l.st.lose(err, time.Now())
+	l.st.resetDone = l.st.resetDone || !l.bound
+	tell := !l.ended
+	l.ended = true
+	recv := l.recv
+	l.writable.Broadcast()
+	l.mu.Unlock()
+	if tell {
+		l.tellEnd(recv, err)
+	}
+	l.kick()
+}
+
+// forget ends the link on this side because the other node is dead.
+func (l *Link) forget(err error) {
+	l.mu.Lock()
+	l.st.lose(err, time.Now())
+	l.st.resetDone = true
+	tell := !l.ended
+	l.ended = true
+	recv := l.recv
+	l.writable.Broadcast()
+	l.mu.Unlock()
+	if tell {
+		l.tellEnd(recv, err)
+	}
+	l.bus.remove(l)
+}
+
+func (l *Link) tellEnd(recv Receiver, err error) {
+	if recv != nil {
+		recv.End(l, err)
+	}
+	l.bus.handler.Ended(l)
+}
+
+// handle takes one message of the other end. Calls come one at a time.
+func (l *Link) handle(m Message) {
+	l.mu.Lock()
+	if !l.bound || m.Session != l.session {
+		l.mu.Unlock()
+		return
+	}
+	deliver, end := l.st.receive(m, time.Now())
+	if errors.Is(end, ErrMoved) && l.side == phoneSide && !l.ended && l.st.maySwitch() {
+		tellPeer := l.unbindLocked()
+		l.mu.Unlock()
+		tellPeer()
+		l.bus.handler.Moved(l)
+		return
+	}
+	if errors.Is(end, errViolation) {
+		l.mu.Unlock()
+		l.Fail(ErrLinkLost)
+		return
+	}
+	silent := l.ended
+	l.ended = l.ended || end != nil
+	recv := l.recv
+	l.writable.Broadcast()
+	l.mu.Unlock()
+	switch {
+	case silent && deliver != nil:
+		l.Consumed(len(deliver)) // nobody is there to take it
+	case deliver != nil:
+		recv.Deliver(l, deliver)
+	case end != nil && !silent:
+		l.tellEnd(recv, end)
+	}
+	l.kick()
+}
+
+// kick makes what the link has to say go out.
+func (l *Link) kick() {
+	l.mu.Lock()
+	local := l.peer != nil
+	if !local && l.bound && !l.queued {
+		l.queued = true
+		l.bus.enqueue(l)
+	}
+	l.mu.Unlock()
+	if local {
+		l.run(0)
+	}
+}
+
+// run sends what next gives, in order, until there is nothing left or budget
+// bytes have gone (0: no limit). more tells that the budget ended it. Only one
+// goroutine at a time is in it: another one's news is seen by the first.
+func (l *Link) run(budget int) (more bool) {
+	l.mu.Lock()
+	if l.running || !l.bound {
+		l.mu.Unlock()
+		return false
+	}
+	l.running = true
+	sent := 0
+	for l.bound {
+		m, buf, ok := l.st.next(time.Now())
+		if !ok {
+			break
+		}
+		m.Link, m.Session = l.id, l.session
+		peer, subject := l.peer, l.subject
+		l.mu.Unlock()
+		if peer != nil {
+			peer.handle(m)
+		} else {
+			l.bus.publish(subject, l.replyTo(m.Kind), &m, buf)
+		}
+		l.mu.Lock()
+		if sent += Headroom + len(m.Payload); budget > 0 && sent >= budget {
+			more = true
+			break
+		}
+	}
+	l.running = false
+	done := l.st.done()
+	if !done {
+		l.watchLocked()
+	}
+	l.mu.Unlock()
+	if done {
+		l.bus.remove(l)
+	}
+	return more
+}
+
+// watchLocked has the clock looked at for the link if that matters. l.mu is held.
+func (l *Link) watchLocked() {
+	if !l.timed && !l.st.idle() {
+		l.timed = true
+		l.bus.addTimed(l)
+	}
+}
+
+// tick looks at the clock for the link, and no more once it means nothing to it.
+func (l *Link) tick(now time.Time) {
+	l.mu.Lock()
+	err := l.st.tick(now)
+	if err == nil && (l.st.idle() || l.st.done()) {
+		l.timed = false
+		l.bus.removeTimed(l)
+		l.mu.Unlock()
+		return
+	}
+	l.mu.Unlock()
+	if err != nil {
+		l.Fail(err)
+	}
+	l.kick()
+}
+
+// probe makes the link ask where the other end is, after the path was disturbed.
+func (l *Link) probe(now time.Time) {
+	l.mu.Lock()
+	l.st.probeNow(now)
+	l.mu.Unlock()
+	l.kick()
+}
+
+// bindLocked ties the link to a session on a node. l.mu is held.
+func (l *Link) bindLocked(node NodeID, session SessionID, t topic) {
+	l.node, l.session, l.bound = node, session, true
+	l.subject = tokenSubject(node, t, l.token)
+}
+
+// unbindLocked takes a link that has carried nothing off its session. The caller
+// runs tellPeer, which acknowledges the other end's CLOSE, without l.mu.
+func (l *Link) unbindLocked() (tellPeer func()) {
+	ack := l.st.stamp(Message{Kind: KindAck})
+	ack.Link, ack.Session = l.id, l.session
+	peer, subject := l.peer, l.subject
+	l.bus.unregister(l.key())
+	l.st.rebind(l.bus.cfg)
+	l.bound, l.peer, l.node = false, nil, ""
+	if peer != nil {
+		return func() { peer.handle(ack) }
+	}
+	return func() { l.bus.reply(subject, ack) }
+}
+
+func (l *Link) key() linkKey { return linkKey{id: l.id, session: l.session, side: l.side} }
+
+// replyTo is where an answer to a message finds this end even if the link is
+// unknown there; empty for the kinds that get none.
+func (l *Link) replyTo(k Kind) string {
+	if k != KindProbe && k != KindClose && k != KindReset {
+		return ""
+	}
+	t := topicPhone
+	if l.side == binarySide {
+		t = topicServer
+	}
+	return tokenSubject(l.bus.node, t, l.token)
+}

@@ -1,0 +1,352 @@
+package bus
+
+import (
+	"time"
+)
+
+// linkState is one end of a link as a pure state machine: no goroutine, no
+// clock, no NATS. Messages, ticks and what the socket did go in; next says what
+// to send, and receive says what to deliver.
+//
+// The invariant, per direction: the receiver takes exactly the number after the
+// last one, and the sender keeps each numbered message until it is acknowledged.
+// So what is delivered is what was sent, in order, without a gap; and if that
+// cannot be kept up, the link is lost on both sides.     (docs/adr/0003, links)
+//
+// Credit is counted in bytes from the link's start, frames with their overhead.
+// "Received" (ack) and "consumed" (credit) are two numbers: a peer that reads
+// slowly uses up its credit and is not mistaken for loss.
+type linkState struct {
+	window  uint64
+	timeout time.Duration
+
+	// Sending.
+	out      []outbound // sent and not acknowledged, then not sent yet
+	lastSeq  uint64     // number of the last element of out, or of the last acknowledged
+	acked    uint64     // everything up to here has been acknowledged
+	sendNext uint64     // the number that is sent next
+	maxSent  uint64     // the highest number ever sent
+	accepted uint64     // bytes given to send
+	offset   uint64     // bytes of everything up to sendNext-1
+	base     uint64     // the first credit: what it grew by since has been consumed
+	credit   uint64     // how far offset may grow
+	closing  bool       // a CLOSE is in out; nothing follows it
+
+	// Waiting for an answer, or for credit at all.
+	heldSince    time.Time // since when a first frame waits for a binary that is away
+	waitingSince time.Time // since when something is unacknowledged without progress; zero: nothing is
+	nextProbe    time.Time
+
+	// Receiving.
+	received  uint64 // every number up to here has arrived
+	taken     uint64 // bytes of these
+	consumed  uint64 // bytes of these that the socket has taken
+	granted   uint64 // credit that was announced
+	reported  uint64 // bytes of taken that the last ack covered
+	ackAt     time.Time
+	ackNow    bool
+	gap       bool // a later number came first
+	gapTold   bool
+	remoteEnd bool // a CLOSE has been received
+
+	reset      bool // lost: nothing but RESET is sent
+	resetCause error
+	resetDone  bool
+	resetsLeft int
+}
+
+type outbound struct {
+	buf    []byte // Headroom free bytes, then the payload
+	reason Reason // of a CLOSE
+	close  bool
+}
+
+func (o outbound) cost() uint64 {
+	if o.close {
+		return 0
+	}
+	return frameCost(len(o.buf) - Headroom)
+}
+
+func frameCost(n int) uint64 { return uint64(n) + frameOverhead } //nolint:gosec // a length
+
+func newLinkState(cfg Config) linkState {
+	return linkState{
+		window:   uint64(cfg.Window), //nolint:gosec // positive
+		timeout:  cfg.LinkTimeout,
+		sendNext: 1,
+		granted:  uint64(cfg.Window), //nolint:gosec // positive
+	}
+}
+
+// outstanding is how many bytes have been given to send and not been consumed at
+// the other end, as far as its credit tells.
+func (s *linkState) outstanding() uint64 {
+	return s.accepted - min(s.credit-s.base, s.accepted)
+}
+
+// send queues one frame. buf belongs to the link from now on.
+func (s *linkState) send(buf []byte, now time.Time) {
+	if s.credit == 0 && s.heldSince.IsZero() {
+		s.heldSince = now
+	}
+	o := outbound{buf: buf}
+	s.out = append(s.out, o)
+	s.lastSeq++
+	s.accepted += o.cost()
+}
+
+// close queues the last message, after every frame queued before. With urgent,
+// frames that have not been sent yet are given up.
+func (s *linkState) close(err error, urgent bool) {
+	if s.closing || s.reset {
+		return
+	}
+	if urgent {
+		keep := s.maxSent - s.acked
+		clear(s.out[keep:])
+		s.out = s.out[:keep]
+		s.lastSeq = s.maxSent
+	}
+	reason, payload := reasonOf(err)
+	buf := append(make([]byte, Headroom), payload...)
+	s.out = append(s.out, outbound{buf: buf, reason: reason, close: true})
+	s.lastSeq++
+	s.closing = true
+}
+
+// lose ends the link from this side because it cannot go on.
+func (s *linkState) lose(err error, now time.Time) {
+	if s.reset {
+		return
+	}
+	s.reset, s.resetCause, s.nextProbe, s.resetsLeft = true, err, now, resetTries
+	s.out = nil
+}
+
+// consume says that the socket has taken n frame bytes (with overhead).
+func (s *linkState) consume(n uint64) {
+	s.consumed += n
+	if s.consumed+s.window >= s.granted+s.window/4 {
+		s.ackNow = true
+	}
+}
+
+// tick looks at the clock. It returns ErrLinkLost when nothing has been
+// acknowledged for too long, and ErrAway when the binary did not return for the
+// first frame.
+func (s *linkState) tick(now time.Time) error {
+	switch {
+	case s.reset:
+		return nil
+	case !s.waitingSince.IsZero() && now.Sub(s.waitingSince) >= s.timeout:
+		return ErrLinkLost
+	case !s.heldSince.IsZero() && now.Sub(s.heldSince) >= holdTimeout:
+		return ErrAway
+	}
+	return nil
+}
+
+// idle reports whether the clock means nothing to this end.
+func (s *linkState) idle() bool {
+	return s.waitingSince.IsZero() && s.heldSince.IsZero() && s.ackAt.IsZero() && !s.ackNow && (!s.reset || s.resetDone)
+}
+
+// done reports whether this end has nothing left to say or to hear.
+func (s *linkState) done() bool {
+	return s.resetDone || !s.ackNow && (s.remoteEnd || s.closing && s.acked == s.lastSeq)
+}
+
+// maySwitch reports whether the link has carried nothing but its own close, so
+// that the two ends' numbers mean nothing yet.
+func (s *linkState) maySwitch() bool {
+	return s.maxSent == 0 && s.taken == 0
+}
+
+// rebind makes the end ready for another session, with the frames that wait to
+// be sent.                                               (only if maySwitch)
+func (s *linkState) rebind(cfg Config) {
+	fresh := newLinkState(cfg)
+	fresh.out, fresh.lastSeq, fresh.accepted = s.out, s.lastSeq, s.accepted
+	fresh.closing, fresh.heldSince = s.closing, s.heldSince
+	*s = fresh
+}
+
+// open sets the credit that the other end starts with.
+func (s *linkState) open(credit uint64) {
+	s.base, s.credit, s.heldSince = credit, max(s.credit, credit), time.Time{}
+}
+
+// awaitConfirm starts the clock before the first message of the other side.
+func (s *linkState) awaitConfirm(now time.Time) {
+	s.waitingSince, s.nextProbe = now, now.Add(probeInterval)
+}
+
+// retransmit goes back to the first unacknowledged number.
+func (s *linkState) retransmit() {
+	for s.sendNext > s.acked+1 {
+		s.sendNext--
+		s.offset -= s.out[s.sendNext-s.acked-1].cost()
+	}
+}
+
+// probe makes the next tick ask at once, after the path was disturbed.
+func (s *linkState) probeNow(now time.Time) {
+	if !s.waitingSince.IsZero() {
+		s.nextProbe = now
+	}
+}
+
+// next returns the next message to send. It is called until ok is false. The
+// payload of a DATA message has Headroom bytes in front (Message.buf).
+func (s *linkState) next(now time.Time) (m Message, buf []byte, ok bool) {
+	if s.reset {
+		return s.nextReset(now)
+	}
+	if i := s.sendNext - s.acked - 1; s.sendNext <= s.lastSeq {
+		if o := s.out[i]; o.close || s.offset < s.credit {
+			return s.nextNumbered(o, now), o.buf, true
+		}
+	}
+	if s.waitingToProbe(now) {
+		s.nextProbe = now.Add(probeInterval)
+		return s.stamp(Message{Kind: KindProbe, Seq: s.maxSent}), nil, true
+	}
+	if s.ackNow || !s.ackAt.IsZero() && !now.Before(s.ackAt) {
+		m := Message{Kind: KindAck}
+		if s.gap && !s.gapTold {
+			s.gapTold = true
+			m.Seq = s.received + 1
+		}
+		return s.stamp(m), nil, true
+	}
+	return Message{}, nil, false
+}
+
+func (s *linkState) nextNumbered(o outbound, now time.Time) Message {
+	m := Message{Kind: KindData, Seq: s.sendNext, Payload: o.buf[Headroom:]}
+	if o.close {
+		m.Kind, m.Reason = KindClose, o.reason
+	}
+	s.offset += o.cost()
+	s.sendNext++
+	s.maxSent = max(s.maxSent, m.Seq)
+	if s.waitingSince.IsZero() {
+		s.waitingSince, s.nextProbe = now, now.Add(probeInterval)
+	}
+	return s.stamp(m)
+}
+
+func (s *linkState) waitingToProbe(now time.Time) bool {
+	return !s.waitingSince.IsZero() && !now.Before(s.nextProbe)
+}
+
+func (s *linkState) nextReset(now time.Time) (Message, []byte, bool) {
+	if s.resetDone || now.Before(s.nextProbe) {
+		return Message{}, nil, false
+	}
+	s.nextProbe = now.Add(probeInterval)
+	if s.resetsLeft--; s.resetsLeft < 0 {
+		s.resetDone = true
+		return Message{}, nil, false
+	}
+	reason, payload := reasonOf(s.resetCause)
+	return Message{Kind: KindReset, Reason: reason, Payload: payload}, nil, true
+}
+
+// stamp puts the receiving half's news on a message that goes out anyway.
+func (s *linkState) stamp(m Message) Message {
+	s.granted = max(s.granted, s.consumed+s.window)
+	s.reported = s.taken
+	s.ackNow, s.ackAt = false, time.Time{}
+	m.Ack, m.Credit = s.received, s.granted
+	return m
+}
+
+// receive takes one message of the other end. deliver is its frame, if it is the
+// next one. end is not nil when the other end closes (after every frame before
+// it) or the link is lost; errViolation means that the other end broke the rules,
+// and the caller resets the link.
+func (s *linkState) receive(m Message, now time.Time) (deliver []byte, end error) {
+	if s.reset {
+		if m.Kind == KindAck || m.Kind == KindReset {
+			s.resetDone = true
+		}
+		return nil, nil
+	}
+	switch m.Kind {
+	case KindReset:
+		s.reset, s.resetDone, s.out = true, true, nil
+		return nil, errorOf(m.Reason, m.Payload)
+	case KindData, KindClose, KindAck, KindProbe:
+	default:
+		return nil, errViolation
+	}
+	if m.Ack > s.maxSent {
+		return nil, errViolation
+	}
+	s.acknowledge(m.Ack, now)
+	s.credit = max(s.credit, m.Credit)
+	switch m.Kind {
+	case KindAck:
+		if m.Seq != 0 && m.Seq == s.acked+1 {
+			s.retransmit()
+		}
+	case KindProbe:
+		s.ackNow = true
+		if m.Seq > s.received {
+			s.gap, s.gapTold = true, false
+		}
+	case KindData, KindClose:
+		return s.receiveNumbered(m, now)
+	}
+	return nil, nil
+}
+
+func (s *linkState) receiveNumbered(m Message, now time.Time) (deliver []byte, end error) {
+	switch {
+	case m.Seq <= s.received: // a duplicate: its ack was lost
+		s.ackNow = true
+		return nil, nil
+	case m.Seq != s.received+1:
+		if !s.gap {
+			s.gap, s.gapTold = true, false
+			s.ackNow = true
+		}
+		return nil, nil
+	case s.remoteEnd, s.taken >= s.granted && m.Kind == KindData:
+		return nil, errViolation // after the end, or beyond the credit given
+	}
+	s.received++
+	s.gap, s.gapTold = false, false
+	if m.Kind == KindClose {
+		s.remoteEnd, s.ackNow = true, true
+		return nil, errorOf(m.Reason, m.Payload)
+	}
+	s.taken += frameCost(len(m.Payload))
+	if s.taken-s.reported >= s.window/4 {
+		s.ackNow = true
+	} else if s.ackAt.IsZero() {
+		s.ackAt = now.Add(ackDelay)
+	}
+	return m.Payload, nil
+}
+
+func (s *linkState) acknowledge(ack uint64, now time.Time) {
+	if ack > s.acked {
+		n := ack - s.acked
+		for s.sendNext <= ack {
+			s.offset += s.out[s.sendNext-s.acked-1].cost()
+			s.sendNext++
+		}
+		clear(s.out[:n])
+		s.out = s.out[n:]
+		s.acked = ack
+		if !s.waitingSince.IsZero() {
+			s.waitingSince, s.nextProbe = now, now.Add(probeInterval)
+		}
+	}
+	if s.acked == s.maxSent {
+		s.waitingSince = time.Time{}
+	}
+}

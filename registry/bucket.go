@@ -1,0 +1,171 @@
+package registry
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/pyrycode/pyrycode-relay/bus"
+)
+
+// operationHeader marks a key that ended.
+const operationHeader = "KV-Operation"
+
+// bucket is one KV bucket. A read is a hint; only a write that was acknowledged,
+// or errLost, proves anything.            (docs/adr/0004; nats-measured.md 2.2)
+type bucket struct {
+	conn *bus.Conn
+	cfg  jetstream.KeyValueConfig
+}
+
+// record is one key's latest state. A key that ended has a revision (its
+// marker's) and exists is false.
+type record struct {
+	value    []byte
+	revision uint64
+	exists   bool
+}
+
+// create makes the bucket if it is not there. A gateway that may not create finds
+// the one that an operator made.
+func (b *bucket) create(ctx context.Context) error {
+	js := b.conn.JetStream()
+	if _, err := js.KeyValue(ctx, b.cfg.Bucket); err == nil {
+		return nil
+	}
+	_, err := js.CreateKeyValue(ctx, b.cfg)
+	if err == nil || errors.Is(err, jetstream.ErrBucketExists) {
+		return nil
+	}
+	return fmt.Errorf("create bucket %s: %w", b.cfg.Bucket, err)
+}
+
+func (b *bucket) subject(key string) string { return "$KV." + b.cfg.Bucket + "." + key }
+
+// put writes value if the key's latest revision is rev (0: there is none). With a
+// ttl (whole seconds) the key ends by itself. It returns the new revision,
+// errLost or errUnknown.
+func (b *bucket) put(ctx context.Context, key string, value []byte, rev uint64, ttl time.Duration) (uint64, error) {
+	msg := nats.NewMsg(b.subject(key))
+	msg.Data = value
+	return b.publish(ctx, msg, rev, ttl)
+}
+
+// remove ends the key if its latest revision is rev. Errors as put.
+func (b *bucket) remove(ctx context.Context, key string, rev uint64) error {
+	msg := nats.NewMsg(b.subject(key))
+	msg.Header.Set(operationHeader, "DEL")
+	_, err := b.publish(ctx, msg, rev, 0)
+	return err
+}
+
+func (b *bucket) publish(ctx context.Context, msg *nats.Msg, rev uint64, ttl time.Duration) (uint64, error) {
+	ctx, cancel := context.WithTimeout(ctx, kvTimeout)
+	defer cancel()
+	opts := []jetstream.PublishOpt{jetstream.WithExpectLastSequencePerSubject(rev)}
+	if ttl > 0 {
+		opts = append(opts, jetstream.WithMsgTTL(ttl))
+	}
+	ack, err := b.conn.JetStream().PublishMsg(ctx, msg, opts...)
+	if err == nil {
+		return ack.Sequence, nil
+	}
+	var api *jetstream.APIError
+	if errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence {
+		return 0, errLost
+	}
+	return 0, fmt.Errorf("%w: write to %s: %w", errUnknown, b.cfg.Bucket, err)
+}
+
+// get reads from whichever replica answers: a hint.
+func (b *bucket) get(ctx context.Context, key string) (record, error) {
+	ctx, cancel := context.WithTimeout(ctx, kvTimeout)
+	defer cancel()
+	answer, err := b.conn.Request(ctx, "$JS.API.DIRECT.GET."+b.stream()+"."+b.subject(key), nil)
+	if err != nil {
+		return record{}, fmt.Errorf("%w: read from %s: %w", errUnknown, b.cfg.Bucket, err)
+	}
+	if status := answer.Header.Get("Status"); status != "" {
+		if status == "404" {
+			return record{}, nil
+		}
+		return record{}, fmt.Errorf("%w: read from %s: status %s", errUnknown, b.cfg.Bucket, status)
+	}
+	revision, err := strconv.ParseUint(answer.Header.Get(jetstream.SequenceHeader), 10, 64)
+	if err != nil {
+		return record{}, fmt.Errorf("%w: read from %s: no revision", errUnknown, b.cfg.Bucket)
+	}
+	ended := answer.Header.Get(operationHeader) != "" || answer.Header.Get(jetstream.MarkerReasonHeader) != ""
+	return record{value: answer.Data, revision: revision, exists: !ended}, nil
+}
+
+// getLeader reads from the leader.
+func (b *bucket) getLeader(ctx context.Context, key string) (record, error) {
+	ctx, cancel := context.WithTimeout(ctx, kvTimeout)
+	defer cancel()
+	ask, err := json.Marshal(map[string]string{"last_by_subj": b.subject(key)})
+	if err != nil {
+		return record{}, err
+	}
+	answer, err := b.conn.Request(ctx, "$JS.API.STREAM.MSG.GET."+b.stream(), ask)
+	if err != nil {
+		return record{}, fmt.Errorf("%w: read from %s: %w", errUnknown, b.cfg.Bucket, err)
+	}
+	return parseStored(answer.Data)
+}
+
+// keys lists the keys that are there, markers of keys that ended included: a
+// hint, for a bucket of few keys.
+func (b *bucket) keys(ctx context.Context) ([]string, error) {
+	stream, err := b.conn.JetStream().Stream(ctx, b.stream())
+	if err != nil {
+		return nil, err
+	}
+	info, err := stream.Info(ctx, jetstream.WithSubjectFilter(b.subject(">")))
+	if err != nil {
+		return nil, err
+	}
+	keys := make([]string, 0, len(info.State.Subjects))
+	for s := range info.State.Subjects {
+		keys = append(keys, strings.TrimPrefix(s, b.subject("")))
+	}
+	return keys, nil
+}
+
+func (b *bucket) stream() string { return "KV_" + b.cfg.Bucket }
+
+// stored is JetStream's answer to STREAM.MSG.GET.
+type stored struct {
+	Message *struct {
+		Sequence uint64 `json:"seq"`
+		Header   []byte `json:"hdrs"`
+		Data     []byte `json:"data"`
+	} `json:"message"`
+	Error *jetstream.APIError `json:"error"`
+}
+
+func parseStored(p []byte) (record, error) {
+	var s stored
+	if err := json.Unmarshal(p, &s); err != nil {
+		return record{}, fmt.Errorf("%w: answer is not JSON", errUnknown)
+	}
+	switch {
+	case s.Error != nil && s.Error.ErrorCode == jetstream.JSErrCodeMessageNotFound:
+		return record{}, nil
+	case s.Error != nil:
+		return record{}, fmt.Errorf("%w: %w", errUnknown, s.Error)
+	case s.Message == nil:
+		return record{}, fmt.Errorf("%w: answer without a message", errUnknown)
+	}
+	ended := bytes.Contains(s.Message.Header, []byte(operationHeader)) ||
+		bytes.Contains(s.Message.Header, []byte(jetstream.MarkerReasonHeader))
+	return record{value: s.Message.Data, revision: s.Message.Sequence, exists: !ended}, nil
+}

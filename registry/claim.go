@@ -1,0 +1,157 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/pyrycode/pyrycode-relay/bus"
+)
+
+// ClaimServer takes serverID for conn, a binary. It returns nil when the KV names
+// this connection; ErrServerIDConflict if the incumbent answered a ping sent after
+// this call began; ErrHeld if only a ping could tell and the claim is
+// WithoutProbe; ErrUndecided if it could not be found out in time; ErrNotReady
+// while this node decides nothing. Without a probe it takes 4 s at most, with one
+// ProbeTimeout more. On nil the caller owes a ReleaseServer.
+//
+//	(protocol.md: Life of a claim)
+func (r *Registry) ClaimServer(serverID string, conn Conn, opts ...Option) error {
+	o := optionsFor(conn, opts)
+	if err := r.Ready(); err != nil {
+		return err
+	}
+	h := &holding{
+		serverID: serverID, session: bus.NewSessionID(), conn: conn, opts: o,
+		since: time.Now(), links: make(map[*bus.Link]bool),
+	}
+	r.mu.Lock()
+	r.sessions[h.session] = h // a phone may find it the instant that the KV knows
+	r.mu.Unlock()
+	err := r.claim(h)
+	if err == nil {
+		return nil
+	}
+	r.endHolding(h, bus.ErrNoSession)
+	if errors.Is(err, ErrUndecided) {
+		r.addOrphan(h.session, serverID) // the write may yet be found there
+	}
+	return err
+}
+
+func (r *Registry) claim(h *holding) error {
+	limit := decideTimeout
+	if !h.opts.noProbe {
+		limit = r.cfg.ProbeTimeout + decideTimeout
+	}
+	ctx, cancel := context.WithTimeout(h.opts.ctx, limit)
+	defer cancel()
+	value := r.entryFor(h, stateHeld).encode()
+	var before entry // what the write goes over
+	var rev uint64
+	for wait := retryWait; ; wait = min(2*wait, retryWaitMax) {
+		newRev, err := r.presence.put(ctx, h.key(), value, rev, 0)
+		if err == nil {
+			r.claimed(h, before, newRev)
+			return nil
+		}
+		there, err2 := r.presence.getLeader(ctx, h.key())
+		if err2 == nil {
+			found, ok := entryOf(there)
+			if ok && found.Session == h.session {
+				r.claimed(h, before, there.revision) // a write that we took for lost
+				return nil
+			}
+			rev, before = there.revision, found
+			if ok {
+				if err := r.mayTake(ctx, h, found); err != nil {
+					return err
+				}
+			}
+			if errors.Is(err, errLost) {
+				continue
+			}
+		}
+		if !pause(ctx, wait) {
+			return fmt.Errorf("%w: %w", ErrUndecided, errors.Join(err, err2))
+		}
+	}
+}
+
+// mayTake decides whether h may be written over found. nil: yes.
+func (r *Registry) mayTake(ctx context.Context, h *holding, found entry) error {
+	if found.State == stateGrace {
+		return nil
+	}
+	if found.Node == r.bus.Node() {
+		if in := r.holdingOf(found.Session); in == nil || r.stateOf(in) != held {
+			return nil // an entry that this node left behind
+		}
+	} else if state := r.askNode(ctx, found.Node); state != nodeAlive {
+		if state == nodeDead {
+			return nil
+		}
+		return fmt.Errorf("%w: the holder's node does not answer", ErrUndecided)
+	}
+	if h.opts.noProbe {
+		return ErrHeld
+	}
+	alive, err := r.bus.Challenge(ctx, found.Node, h.serverID, found.Session)
+	switch {
+	case err != nil:
+		return fmt.Errorf("%w: the holder's node does not answer: %w", ErrUndecided, err)
+	case alive:
+		return ErrServerIDConflict
+	}
+	return nil
+}
+
+// claimed installs h, which the KV names at revision, and tells the node that held
+// the server-id before.
+func (r *Registry) claimed(h *holding, before entry, revision uint64) {
+	r.install(h, revision)
+	if before.Node == "" || before.Session == h.session {
+		return
+	}
+	if before.State == stateHeld {
+		r.log.Info("server_id_takeover", "server_id", logID(h.serverID), "remote", h.opts.remote)
+	}
+	r.bus.Taken(before.Node, h.serverID, before.Session)
+}
+
+// Alive implements bus.Handler.
+func (r *Registry) Alive(ctx context.Context, serverID string, session bus.SessionID) bool {
+	h := r.holdingOf(session)
+	if h == nil || h.serverID != serverID {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, r.cfg.ProbeTimeout)
+	defer cancel()
+	if h.opts.ping(ctx) != nil {
+		return false
+	}
+	s := r.stateOf(h)
+	return s == held || s == claiming
+}
+
+// Taken implements bus.Handler: another session is said to hold serverID.
+func (r *Registry) Taken(_ string, session bus.SessionID) {
+	h := r.holdingOf(session)
+	if h == nil {
+		return
+	}
+	r.tasks.Go(func() { r.check(r.ctx, h) })
+}
+
+func (r *Registry) holdingOf(s bus.SessionID) *holding {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.sessions[s]
+}
+
+func (r *Registry) stateOf(h *holding) holdingState {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return h.state
+}

@@ -1,0 +1,87 @@
+package registry
+
+import "time"
+
+// Config is what the operator decides. The zero value of a field means its
+// default.
+type Config struct {
+	Region  string // labels the node; no effect on decisions
+	Version string // of this program, published with the lease
+
+	// KVPrefix starts the buckets' names. Default pyrycode_relay.
+	KVPrefix string
+	// KVReplicas of the buckets when this node creates them. Default: 3 where the
+	// cluster has three servers or more, else 1.
+	KVReplicas int
+	// Memory keeps the buckets in memory when this node creates them.
+	Memory bool
+
+	// LeaseTTL is how long a node that is not heard of counts as alive. Default
+	// 20 s: the measured worst election (9 s) plus a renewal period fit into three
+	// quarters of it.
+	LeaseTTL time.Duration
+	// Grace is how long a server-id stays claimed after its binary's connection
+	// ended, in whole seconds (NATS truncates). Default 30 s.
+	Grace time.Duration
+	// ProbeTimeout is how long an incumbent has to answer a ping. Default 10 s.
+	ProbeTimeout time.Duration
+	// MaxPhones of one server-id over the whole cluster. Default 16.
+	MaxPhones int
+}
+
+func (c Config) withDefaults() Config {
+	def := func(d *time.Duration, v time.Duration) {
+		if *d <= 0 {
+			*d = v
+		}
+	}
+	def(&c.LeaseTTL, 20*time.Second)
+	def(&c.Grace, 30*time.Second)
+	def(&c.ProbeTimeout, 10*time.Second)
+	if c.KVPrefix == "" {
+		c.KVPrefix = "pyrycode_relay"
+	}
+	if c.MaxPhones <= 0 {
+		c.MaxPhones = 16
+	}
+	return c
+}
+
+// renewEvery is how often a node renews its lease.
+func (c Config) renewEvery() time.Duration { return c.LeaseTTL / 5 }
+
+// freshFor is how long a node may decide after its last acknowledged renewal.
+func (c Config) freshFor() time.Duration { return c.LeaseTTL * 3 / 4 }
+
+const (
+	// decideTimeout bounds a claim without a probe, and a look-up: every upgrade is
+	// answered within 5 s.
+	decideTimeout = 4 * time.Second
+	// kvTimeout bounds one KV call, so that a slow replica leaves time for another.
+	kvTimeout = 1500 * time.Millisecond
+	// retryWait and retryWaitMax pace attempts that met an unknown outcome.
+	retryWait    = 50 * time.Millisecond
+	retryWaitMax = 400 * time.Millisecond
+
+	// leaseRetry is how soon a renewal that failed is tried again.
+	leaseRetry = 500 * time.Millisecond
+
+	// deadCheckWait lies between the two times that a claim must hear "no
+	// responders" before it takes the holder's node for dead.
+	deadCheckWait = 250 * time.Millisecond
+	// deadAfter is how long a node must be without responders, unbroken, before
+	// phones are told so: a living node that changes its NATS server is away for
+	// less.
+	deadAfter = 4 * time.Second
+	// watchEvery and suspectEvery are how often nodes that links lead to are asked
+	// whether they are there; deadAfter + both stay below 5 s.
+	watchEvery   = 500 * time.Millisecond
+	suspectEvery = 200 * time.Millisecond
+
+	// sweepEvery is how often this node compares what it holds with the KV.
+	sweepEvery = 5 * time.Second
+	// sweepWorkers bounds the KV calls under way in a sweep.
+	sweepWorkers = 16
+	// markerTTL is how long the KV keeps the marker of a key that ended.
+	markerTTL = time.Minute
+)

@@ -1,0 +1,240 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/pyrycode/pyrycode-relay/bus"
+)
+
+// phone is one phone connection of this node.
+type phone struct {
+	serverID string
+	conn     Conn
+	link     *bus.Link
+}
+
+// RegisterPhone attaches conn, a phone, to the binary of serverID, on whatever
+// node that is. It returns nil when the holder has accepted; ErrNoServer,
+// ErrTooManyPhones; ErrUndecided if nobody could tell in 4 s; ErrNotReady while
+// this node decides nothing. On nil the caller owes an UnregisterPhone.
+//
+//	(protocol.md: Close codes; architecture.md: Look-up and attach)
+func (r *Registry) RegisterPhone(serverID string, conn Conn, opts ...Option) error {
+	o := optionsFor(conn, opts)
+	p := &phone{serverID: serverID, conn: conn, link: o.link}
+	if p.link == nil {
+		p.link = r.bus.NewLink(serverID, conn.ConnID(), o.recv)
+	}
+	r.addPhone(p)
+	if err := r.attach(o.ctx, p); err != nil {
+		r.removePhone(p)
+		p.link.Close(bus.CodeError(0))
+		return err
+	}
+	return nil
+}
+
+// UnregisterPhone tells that a phone's connection has ended. Its link is closed
+// if the caller has not done so.
+func (r *Registry) UnregisterPhone(serverID, connID string) {
+	r.mu.Lock()
+	p := r.phones[serverID][connID]
+	r.mu.Unlock()
+	if p == nil {
+		return
+	}
+	r.removePhone(p)
+	p.link.Close(bus.CodeError(goingAway))
+}
+
+// goingAway is the close code of a phone whose own is not known.
+const goingAway = 1001
+
+func (r *Registry) addPhone(p *phone) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	of := r.phones[p.serverID]
+	if of == nil {
+		of = make(map[string]*phone)
+		r.phones[p.serverID] = of
+	}
+	of[p.conn.ConnID()] = p
+}
+
+func (r *Registry) removePhone(p *phone) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	of := r.phones[p.serverID]
+	if of[p.conn.ConnID()] == p {
+		delete(of, p.conn.ConnID())
+	}
+	if len(of) == 0 {
+		delete(r.phones, p.serverID)
+	}
+}
+
+// attach binds p's link to the current session, wherever it is. It tries until
+// the holder answered or nobody holds the server-id, at most decideTimeout.
+func (r *Registry) attach(ctx context.Context, p *phone) error {
+	ctx, cancel := context.WithTimeout(ctx, decideTimeout)
+	defer cancel()
+	a := attempt{r: r, p: p}
+	for wait := retryWait; ; wait = min(2*wait, retryWaitMax) {
+		if err := r.Ready(); err != nil {
+			return err
+		}
+		done, err := a.try(ctx)
+		if done {
+			return err
+		}
+		if !pause(ctx, wait) {
+			return a.giveUp()
+		}
+	}
+}
+
+// attempt is one phone's way to the holder. What it has learnt so far decides
+// what 4 s without success mean.
+type attempt struct {
+	r *Registry
+	p *phone
+
+	refused bus.SessionID // the holder itself says that it does not hold this one
+	silent  bus.NodeID    // a node without responders
+	since   time.Time     // for so long
+	err     error
+}
+
+// try looks up the holder and asks it. done says that err (or nil) is the answer.
+func (a *attempt) try(ctx context.Context) (done bool, err error) {
+	found, err := a.lookUp(ctx)
+	switch {
+	case errors.Is(err, ErrNoServer):
+		return true, err
+	case err != nil:
+		a.err = err
+		return false, nil
+	}
+	err = a.r.bus.Open(ctx, a.p.link, found.Node, found.Session)
+	if !errors.Is(err, bus.ErrNoResponders) {
+		a.silent = ""
+	}
+	switch {
+	case err == nil:
+		return true, nil
+	case errors.Is(err, bus.ErrTooManyPhones):
+		return true, ErrTooManyPhones
+	case errors.Is(err, bus.ErrClosed):
+		return true, ErrClosed // the phone has gone meanwhile
+	case errors.Is(err, bus.ErrNoSession):
+		a.refused = found.Session
+	case errors.Is(err, bus.ErrNoResponders) && a.silent != found.Node:
+		a.silent, a.since = found.Node, time.Now()
+	}
+	a.err = err
+	return false, nil
+}
+
+// lookUp finds the entry of the server-id. A replica's word is enough to go and
+// ask the holder; that nobody holds it takes the leader's.
+func (a *attempt) lookUp(ctx context.Context) (entry, error) {
+	r, key := a.r, bus.EncodeToken(a.p.serverID)
+	if h := r.localHolding(a.p.serverID); h != nil {
+		return entry{Node: r.bus.Node(), Session: h.session}, nil
+	}
+	if a.err == nil {
+		if rec, err := r.presence.get(ctx, key); err == nil {
+			if e, ok := entryOf(rec); ok {
+				return e, nil
+			}
+		}
+	}
+	rec, err := r.presence.getLeader(ctx, key)
+	if err != nil {
+		return entry{}, err
+	}
+	e, ok := entryOf(rec)
+	if err := r.Ready(); err != nil {
+		return entry{}, err // what was read may be old
+	}
+	switch {
+	case !ok:
+		return entry{}, ErrNoServer
+	case e.Session == a.refused:
+		return entry{}, ErrNoServer // the holder itself says so
+	case a.silent == e.Node && r.leaseGone(ctx, e.Node):
+		return entry{}, ErrNoServer // its node is dead
+	}
+	return e, nil
+}
+
+// giveUp says what it means that there was no answer in time.
+func (a *attempt) giveUp() error {
+	if a.silent != "" && time.Since(a.since) >= deadAfter-retryWaitMax {
+		return ErrNoServer
+	}
+	return fmt.Errorf("%w: %w", ErrUndecided, a.err)
+}
+
+func (r *Registry) localHolding(serverID string) *holding {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.current[serverID]
+}
+
+// Open implements bus.Handler: the attach table of the holder decides.
+func (r *Registry) Open(l *bus.Link) (bus.Receiver, bool, error) {
+	session := l.Session()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	h := r.sessions[session]
+	switch {
+	case h == nil || h.serverID != l.ServerID() || h.state == over:
+		return nil, false, bus.ErrNoSession
+	case len(h.links) >= r.cfg.MaxPhones:
+		return nil, false, bus.ErrTooManyPhones
+	}
+	inGrace := h.state == grace
+	h.links[l] = inGrace
+	return h.opts.recv, inGrace, nil
+}
+
+// Ended implements bus.Handler.
+func (r *Registry) Ended(l *bus.Link) {
+	session := l.Session()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if h := r.sessions[session]; h != nil {
+		delete(h.links, l)
+	}
+}
+
+// Moved implements bus.Handler: a phone that waited for its binary looks for the
+// connection that it came back on.
+func (r *Registry) Moved(l *bus.Link) {
+	r.mu.Lock()
+	p := r.phones[l.ServerID()][l.ConnID()]
+	r.mu.Unlock()
+	if p == nil || p.link != l {
+		return
+	}
+	r.tasks.Go(func() {
+		if err := r.attach(r.ctx, p); err != nil && !errors.Is(err, ErrClosed) {
+			l.Fail(moveError(err))
+		}
+	})
+}
+
+// moveError is what a phone is told whose move failed.
+func moveError(err error) error {
+	switch {
+	case errors.Is(err, ErrNoServer):
+		return bus.ErrNoSession
+	case errors.Is(err, ErrTooManyPhones):
+		return bus.ErrTooManyPhones
+	}
+	return bus.ErrLinkLost
+}

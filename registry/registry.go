@@ -1,0 +1,218 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/pyrycode/pyrycode-relay/bus"
+)
+
+// Conn is a connection as the registry sees it. ConnID is unique; Send queues one
+// message and does not block; Close ends the connection.
+type Conn interface {
+	ConnID() string
+	Send([]byte) error
+	Close()
+}
+
+// Registry says who holds whom: over the cluster through the KV, and for this
+// node through its tables. All methods may be called concurrently.
+type Registry struct {
+	// Static after New.
+	bus      *bus.Bus
+	cfg      Config
+	log      *slog.Logger
+	nodes    *bucket
+	presence *bucket
+
+	lease    lease
+	renewNow chan struct{}
+	sweepNow chan struct{}
+	tasks    sync.WaitGroup
+	ctx      context.Context // ends with the registry; for what outlives a call
+	cancel   context.CancelFunc
+
+	graceExpiries atomic.Uint64
+
+	// Guarded by mu, which is never held across a call of bus, a connection or the
+	// KV. Lock order: mu comes last.
+	mu       sync.Mutex
+	current  map[string]*holding          // by server-id: what this node holds, or held and keeps in grace
+	sessions map[bus.SessionID]*holding   // these, and claims under way
+	phones   map[string]map[string]*phone // by server-id and conn id: phones attached through this node
+	orphans  map[bus.SessionID]orphan     // entries that this node may have left in the KV
+	suspects map[bus.NodeID]time.Time     // nodes without responders, since when
+	warned   map[bus.NodeID]struct{}      // nodes whose other settings have been logged
+	known    map[bus.NodeID]struct{}      // nodes seen with a lease
+	trouble  troubleState
+}
+
+// orphan is an entry to remove: a claim whose outcome was unknown, or a grace
+// that ended while the KV did not answer.
+type orphan struct{ serverID string }
+
+// New returns the registry of the node of b. It starts nothing.
+func New(b *bus.Bus, cfg Config, log *slog.Logger) *Registry {
+	cfg = cfg.withDefaults()
+	ctx, cancel := context.WithCancel(context.Background())
+	r := &Registry{
+		bus: b, cfg: cfg, log: log,
+		renewNow: make(chan struct{}, 1), sweepNow: make(chan struct{}, 1),
+		ctx: ctx, cancel: cancel,
+		current:  make(map[string]*holding),
+		sessions: make(map[bus.SessionID]*holding),
+		phones:   make(map[string]map[string]*phone),
+		orphans:  make(map[bus.SessionID]orphan),
+		suspects: make(map[bus.NodeID]time.Time),
+		warned:   make(map[bus.NodeID]struct{}),
+		known:    make(map[bus.NodeID]struct{}),
+	}
+	r.nodes = &bucket{conn: b.Conn(), cfg: jetstream.KeyValueConfig{
+		Bucket: cfg.KVPrefix + "_nodes", TTL: cfg.LeaseTTL,
+	}}
+	r.presence = &bucket{conn: b.Conn(), cfg: jetstream.KeyValueConfig{
+		Bucket: cfg.KVPrefix + "_presence",
+	}}
+	return r
+}
+
+// Bus is what the registry's links run over.
+func (r *Registry) Bus() *bus.Bus { return r.bus }
+
+// Grace is how long a server-id stays claimed without a connection.
+func (r *Registry) Grace() time.Duration { return r.cfg.Grace }
+
+// ProbeTimeout is how long an incumbent has to answer a ping.
+func (r *Registry) ProbeTimeout() time.Duration { return r.cfg.ProbeTimeout }
+
+// Region labels this node.
+func (r *Registry) Region() string { return r.cfg.Region }
+
+// GraceExpiries counts the grace windows of this node that ended without a
+// binary.
+func (r *Registry) GraceExpiries() uint64 { return r.graceExpiries.Load() }
+
+// Start subscribes this node and begins to keep its lease. It returns at once;
+// Ready tells when the node can decide. Stop ends what it started.
+func (r *Registry) Start() error {
+	if err := r.bus.Start(r); err != nil {
+		return err
+	}
+	r.tasks.Go(func() { r.leaseLoop(r.ctx) })
+	r.tasks.Go(func() { r.sweepLoop(r.ctx) })
+	r.tasks.Go(func() { r.watchLoop(r.ctx) })
+	return nil
+}
+
+// Drain makes Ready fail and tells the other nodes that this one is leaving.
+func (r *Registry) Drain() {
+	r.lease.mu.Lock()
+	r.lease.draining = true
+	r.lease.mu.Unlock()
+	nudge(r.renewNow)
+}
+
+// Stop ends the links that lead to binaries of this node, so that their phones
+// look elsewhere, gives the lease back and ends what Start started. Connections
+// have been released by then. It returns when all that is done or ctx ends.
+func (r *Registry) Stop(ctx context.Context) {
+	r.mu.Lock()
+	left := make([]*holding, 0, len(r.current))
+	for _, h := range r.current {
+		left = append(left, h)
+	}
+	r.mu.Unlock()
+	for _, h := range left {
+		r.endHolding(h, bus.ErrNodeGone)
+	}
+	r.cancel()
+	r.tasks.Wait()
+	r.lease.mu.Lock()
+	rev := r.lease.revision
+	r.lease.mu.Unlock()
+	if rev != 0 {
+		if err := r.nodes.remove(ctx, string(r.bus.Node()), rev); err != nil {
+			r.log.Debug("lease_not_removed", "error", err.Error()) // it ends by itself
+		}
+	}
+	r.bus.Close()
+}
+
+// createBuckets makes the buckets where they are missing.
+func (r *Registry) createBuckets(ctx context.Context) error {
+	if !r.bus.Conn().Connected() {
+		return errors.New("not connected to NATS")
+	}
+	for _, b := range []*bucket{r.nodes, r.presence} {
+		b.cfg.History = 1
+		b.cfg.LimitMarkerTTL = markerTTL
+		b.cfg.Replicas = r.replicas()
+		if r.cfg.Memory {
+			b.cfg.Storage = jetstream.MemoryStorage
+		}
+		ctx, cancel := context.WithTimeout(ctx, decideTimeout)
+		err := b.create(ctx)
+		cancel()
+		if err != nil {
+			return fmt.Errorf("%w", err)
+		}
+	}
+	return nil
+}
+
+func (r *Registry) replicas() int {
+	switch {
+	case r.cfg.KVReplicas > 0:
+		return r.cfg.KVReplicas
+	case r.bus.Conn().Servers() >= 3:
+		return 3
+	}
+	return 1
+}
+
+// PhonesFor returns the phones of serverID that are attached through this node.
+func (r *Registry) PhonesFor(serverID string) []Conn {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	conns := make([]Conn, 0, len(r.phones[serverID]))
+	for _, p := range r.phones[serverID] {
+		conns = append(conns, p.conn)
+	}
+	return conns
+}
+
+func nudge(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// troubleState keeps a lasting trouble from being logged at every attempt.
+type troubleState struct{ logged, loggedStale bool }
+
+// troubleOnce reports whether trouble of this kind has not been logged yet.
+func (r *Registry) troubleOnce(stale bool) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	first := !r.trouble.logged || stale && !r.trouble.loggedStale
+	r.trouble.logged, r.trouble.loggedStale = true, r.trouble.loggedStale || stale
+	return first
+}
+
+func (r *Registry) troubleOver() {
+	r.mu.Lock()
+	was := r.trouble
+	r.trouble = troubleState{}
+	r.mu.Unlock()
+	if was.logged {
+		r.log.Info("lease_renewed")
+	}
+}

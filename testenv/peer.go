@@ -1,0 +1,530 @@
+package testenv
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"nhooyr.io/websocket" // what the shipped clients were built on; frozen, hence deprecated
+)
+
+// What a peer sends in a header that its options leave empty.
+const (
+	DefaultToken     = "testenv-token"
+	DefaultVersion   = "0.0.0-testenv"
+	DefaultUserAgent = "pyrycode-testenv/1"
+)
+
+// DialFunc dials a network address, like (*net.Dialer).DialContext and
+// (*Listener).Dial.
+type DialFunc func(ctx context.Context, network, addr string) (net.Conn, error)
+
+// PhoneOptions is how a phone introduces itself. Empty fields send no header,
+// but for Token and UserAgent, which have defaults.
+type PhoneOptions struct {
+	ServerID, Token, UserAgent, DeviceName string
+
+	Header      http.Header // wins over the above; a nil value removes the header
+	DialContext DialFunc    // default: net.Dialer
+	TLS         *tls.Config // for wss
+}
+
+// BinaryOptions is how a binary introduces itself. Empty fields send no header,
+// but for Version and UserAgent, which have defaults.
+type BinaryOptions struct {
+	ServerID, Version, UserAgent string
+
+	Header      http.Header // wins over the above; a nil value removes the header
+	DialContext DialFunc    // default: net.Dialer
+	TLS         *tls.Config // for wss
+}
+
+// RefusedError is returned when a dial was answered by anything but 101.
+type RefusedError struct {
+	Status int
+	Header http.Header
+	Body   string // the first 1,024 bytes
+}
+
+func (e *RefusedError) Error() string {
+	return fmt.Sprintf("upgrade refused: %d %s", e.Status, http.StatusText(e.Status))
+}
+
+// CloseInfo is how a connection ended: the code and reason of the close frame
+// that the other side sent, 1005 if that frame was empty, 1006 if the TCP
+// connection ended without one. It is the error of reading past the end.
+type CloseInfo struct {
+	Code   int
+	Reason string
+}
+
+func (c CloseInfo) Error() string { return fmt.Sprintf("closed %d %q", c.Code, c.Reason) }
+
+// Message is a received message.
+type Message struct {
+	Binary bool // the opcode: binary rather than text
+	Data   []byte
+}
+
+// Peer is one WebSocket connection to a relay. A goroutine reads it from the
+// dial to its end, answers pings, and queues what arrives, without a bound: a
+// consumer that is slow never makes the peer look slow (Pause does). Whoever
+// dials must call Close or Drop. All methods may be called concurrently.
+//
+// If the ctx of a send ends before the message was written, the connection is
+// broken; this is a property of the library.
+type Peer struct {
+	ws     *websocket.Conn
+	sock   *socket
+	broken atomic.Bool   // by this side, without a close frame
+	done   chan struct{} // closed after the last message was queued
+
+	info CloseInfo // written before done is closed
+
+	// Guarded by mu.
+	mu      sync.Mutex
+	queue   []Message
+	wake    chan struct{} // closed by the next message; nil while nobody waits
+	closing chan struct{} // closed when Close has its outcome; nil before Close
+	echo    CloseInfo     // what Close itself read; valid once closing is closed
+}
+
+// DialPhone connects a phone to the relay at a URL like ws://host:port, path
+// /v1/client. It returns a *RefusedError if the relay answered with an HTTP
+// status. ctx bounds the dial only.
+func DialPhone(ctx context.Context, relay string, o PhoneOptions) (*Phone, error) {
+	p, err := dial(ctx, relay+"/v1/client", map[string]string{
+		"X-Pyrycode-Server":      o.ServerID,
+		"X-Pyrycode-Token":       cmp.Or(o.Token, DefaultToken),
+		"X-Pyrycode-Device-Name": o.DeviceName,
+		"User-Agent":             cmp.Or(o.UserAgent, DefaultUserAgent),
+	}, o.Header, o.DialContext, o.TLS)
+	if err != nil {
+		return nil, fmt.Errorf("dial phone: %w", err)
+	}
+	return &Phone{p}, nil
+}
+
+// DialBinary connects a binary to the relay at a URL like ws://host:port, path
+// /v1/server. It returns a *RefusedError if the relay answered with an HTTP
+// status. ctx bounds the dial only.
+func DialBinary(ctx context.Context, relay string, o BinaryOptions) (*Binary, error) {
+	p, err := dial(ctx, relay+"/v1/server", map[string]string{
+		"X-Pyrycode-Server":  o.ServerID,
+		"X-Pyrycode-Version": cmp.Or(o.Version, DefaultVersion),
+		"User-Agent":         cmp.Or(o.UserAgent, DefaultUserAgent),
+	}, o.Header, o.DialContext, o.TLS)
+	if err != nil {
+		return nil, fmt.Errorf("dial binary: %w", err)
+	}
+	return &Binary{p}, nil
+}
+
+// Phone is a phone: its messages are frames.
+type Phone struct{ *Peer }
+
+// Binary is a binary: its messages are envelopes around frames.
+type Binary struct{ *Peer }
+
+// Send sends frame, any JSON value, to a phone. Its bytes are not touched.
+func (b *Binary) Send(ctx context.Context, connID string, frame []byte) error {
+	return b.SendRaw(ctx, envelope(connID, frame, ""))
+}
+
+// SendClose asks the relay to close a phone with code, after frame unless that
+// is nil.
+func (b *Binary) SendClose(ctx context.Context, connID string, code int, frame []byte) error {
+	return b.SendRaw(ctx, envelope(connID, frame, fmt.Sprintf(`,"close_code":%d`, code)))
+}
+
+// SendRaw sends message as it is, envelope or not.
+func (b *Binary) SendRaw(ctx context.Context, message []byte) error {
+	return b.Peer.Send(ctx, message)
+}
+
+func envelope(connID string, frame []byte, rest string) []byte {
+	id, _ := json.Marshal(connID) // a string always marshals
+	var e bytes.Buffer
+	e.WriteString(`{"conn_id":`)
+	e.Write(id)
+	if frame != nil {
+		e.WriteString(`,"frame":`)
+		e.Write(frame)
+	}
+	e.WriteString(rest)
+	e.WriteByte('}')
+	return e.Bytes()
+}
+
+// Envelope is a message from the relay to a binary.
+type Envelope struct {
+	ConnID    string
+	Token     string
+	HasToken  bool
+	Frame     json.RawMessage // bytes as they came; nil if there is no such key
+	CloseCode int
+	HasClose  bool
+	Raw       []byte // the whole message
+}
+
+// NextEnvelope is NextMessage for an envelope. If the message is none, it
+// returns an error together with what was understood, Raw at least.
+func (b *Binary) NextEnvelope(ctx context.Context) (Envelope, error) {
+	raw, err := b.Next(ctx)
+	if err != nil {
+		return Envelope{}, err
+	}
+	return parseEnvelope(raw)
+}
+
+// parseEnvelope reads key by key: a frame may be nested as deeply as JSON
+// allows, and the object around it must not count.
+func parseEnvelope(raw []byte) (Envelope, error) {
+	e := Envelope{Raw: raw}
+	dec := json.NewDecoder(bytes.NewReader(raw))
+	if t, err := dec.Token(); t != json.Delim('{') {
+		return e, errors.Join(errors.New("envelope is not an object"), err)
+	}
+	for dec.More() {
+		key, err := dec.Token()
+		if err != nil {
+			return e, fmt.Errorf("envelope: %w", err)
+		}
+		var value any
+		switch key {
+		case "conn_id":
+			value = &e.ConnID
+		case "token":
+			value, e.HasToken = &e.Token, true
+		case "close_code":
+			value, e.HasClose = &e.CloseCode, true
+		case "frame":
+			value = &e.Frame
+		default:
+			value = new(json.RawMessage)
+		}
+		if err := dec.Decode(value); err != nil {
+			return e, fmt.Errorf("envelope: %w", err)
+		}
+	}
+	if _, err := dec.Token(); err != nil {
+		return e, fmt.Errorf("envelope: %w", err)
+	}
+	if _, err := dec.Token(); err != io.EOF {
+		return e, errors.New("envelope has trailing bytes")
+	}
+	return e, nil
+}
+
+// Send sends frame as one text message.
+func (p *Peer) Send(ctx context.Context, frame []byte) error {
+	return p.track(p.ws.Write(ctx, websocket.MessageText, frame))
+}
+
+// SendBinary sends frame as one message with the binary opcode.
+func (p *Peer) SendBinary(ctx context.Context, frame []byte) error {
+	return p.track(p.ws.Write(ctx, websocket.MessageBinary, frame))
+}
+
+// SendFragments sends one text message, each part in a WebSocket frame of its
+// own, followed by an empty final one.
+func (p *Peer) SendFragments(ctx context.Context, parts ...[]byte) error {
+	w, err := p.ws.Writer(ctx, websocket.MessageText)
+	if err != nil {
+		return p.track(err)
+	}
+	for _, part := range parts {
+		if _, err := w.Write(part); err != nil {
+			return p.track(err)
+		}
+	}
+	return p.track(w.Close())
+}
+
+// track remembers that the library breaks a connection when a write fails.
+func (p *Peer) track(err error) error {
+	if err != nil {
+		p.broken.Store(true)
+	}
+	return err
+}
+
+// Ping sends a ping and waits for its pong.
+func (p *Peer) Ping(ctx context.Context) error { return p.ws.Ping(ctx) }
+
+// Next returns the data of the next message, in order of arrival. At the end of
+// the connection, after all messages, the error is a CloseInfo.
+func (p *Peer) Next(ctx context.Context) ([]byte, error) {
+	m, err := p.NextMessage(ctx)
+	return m.Data, err
+}
+
+// NextMessage is Next with the opcode.
+func (p *Peer) NextMessage(ctx context.Context) (Message, error) {
+	for {
+		p.mu.Lock()
+		if len(p.queue) > 0 {
+			m := p.queue[0]
+			p.queue[0] = Message{} // for the garbage collector
+			p.queue = p.queue[1:]
+			p.mu.Unlock()
+			return m, nil
+		}
+		if p.over() {
+			p.mu.Unlock()
+			return Message{}, p.info
+		}
+		if p.wake == nil {
+			p.wake = make(chan struct{})
+		}
+		wake := p.wake
+		p.mu.Unlock()
+		select {
+		case <-wake:
+		case <-p.done:
+		case <-ctx.Done():
+			return Message{}, fmt.Errorf("next message: %w", context.Cause(ctx))
+		}
+	}
+}
+
+// Done is closed when the connection has ended. Messages may still be queued.
+func (p *Peer) Done() <-chan struct{} { return p.done }
+
+// Closed waits for the end of the connection and returns how it came.
+func (p *Peer) Closed(ctx context.Context) (CloseInfo, error) {
+	select {
+	case <-p.done:
+		return p.info, nil
+	case <-ctx.Done():
+		return CloseInfo{}, fmt.Errorf("wait for close: %w", context.Cause(ctx))
+	}
+}
+
+// Close sends a close frame, waits for the other side's, at most 5 s, and
+// closes the connection. Code 1005 sends an empty close frame. Messages that
+// arrive meanwhile may be lost. After the end it does nothing.
+func (p *Peer) Close(code int, reason string) error {
+	p.mu.Lock()
+	if p.closing != nil || p.over() {
+		p.mu.Unlock()
+		<-p.done
+		return nil
+	}
+	p.closing = make(chan struct{})
+	p.mu.Unlock()
+
+	err := p.ws.Close(websocket.StatusCode(code), reason)
+	// Usually readLoop reads the other side's close frame, but between two of
+	// its reads the library's Close does.
+	p.echo = closeInfo(err)
+	if err == nil && !p.broken.Load() {
+		p.echo = CloseInfo{code, reason}
+	}
+	close(p.closing)
+	<-p.done
+	if errors.Is(err, net.ErrClosed) {
+		return nil // it ended by itself at the same moment
+	}
+	return err
+}
+
+// Drop ends the TCP connection at once, with an RST if it is one, and without a
+// close frame. After the end it does nothing.
+func (p *Peer) Drop() {
+	p.broken.Store(true)
+	reset(p.sock)
+	p.ws.CloseNow()
+	<-p.done
+}
+
+// Pause stops reading the socket: no message, no ping, no close is seen, and the
+// other side's writes fill the buffers in between. No byte is read from the
+// socket after Pause has returned; up to 8 KiB that were read before may still
+// be delivered. The peer can send meanwhile.
+func (p *Peer) Pause() { p.sock.pause() }
+
+// Unpause undoes Pause.
+func (p *Peer) Unpause() { p.sock.valve.open() }
+
+func (p *Peer) over() bool {
+	select {
+	case <-p.done:
+		return true
+	default:
+		return false
+	}
+}
+
+func (p *Peer) readLoop() {
+	var err error
+	for {
+		var typ websocket.MessageType
+		var data []byte
+		// Not a context of the peer: one that cannot end costs nothing.
+		if typ, data, err = p.ws.Read(context.Background()); err != nil {
+			break
+		}
+		p.push(Message{typ == websocket.MessageBinary, data})
+	}
+	p.ws.CloseNow()
+	p.info = closeInfo(err)
+
+	p.mu.Lock()
+	closing := p.closing
+	if closing == nil {
+		close(p.done)
+	}
+	p.mu.Unlock()
+	if closing != nil {
+		<-closing
+		if p.info.Code == 1006 {
+			p.info = p.echo
+		}
+		close(p.done)
+	}
+}
+
+func (p *Peer) push(m Message) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.queue = append(p.queue, m)
+	if p.wake != nil {
+		close(p.wake)
+		p.wake = nil
+	}
+}
+
+// closeInfo returns what err, of the library, says about the end.
+func closeInfo(err error) CloseInfo {
+	if ce := (websocket.CloseError{}); errors.As(err, &ce) {
+		return CloseInfo{int(ce.Code), ce.Reason}
+	}
+	return CloseInfo{Code: 1006}
+}
+
+func dial(ctx context.Context, rawURL string, fields map[string]string, extra http.Header, dialContext DialFunc, conf *tls.Config) (*Peer, error) {
+	u, err := url.Parse(rawURL)
+	if err != nil {
+		return nil, err
+	}
+	if dialContext == nil {
+		dialContext = new(net.Dialer).DialContext
+	}
+	conn, err := dialContext(ctx, "tcp", hostPort(u))
+	if err != nil {
+		return nil, err
+	}
+	sock := &socket{Conn: conn, dead: make(chan struct{})}
+	transport := &http.Transport{
+		DisableKeepAlives:  true, // one connection, one request
+		DisableCompression: true, // no header that was not asked for
+		TLSClientConfig:    conf,
+		DialContext:        func(context.Context, string, string) (net.Conn, error) { return sock, nil },
+	}
+	ws, resp, err := websocket.Dial(ctx, u.String(), &websocket.DialOptions{
+		HTTPHeader: header(fields, extra),
+		HTTPClient: &http.Client{
+			Transport:     transport,
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+	})
+	if err != nil {
+		sock.Close()
+		if resp != nil && resp.StatusCode != http.StatusSwitchingProtocols {
+			body, _ := io.ReadAll(resp.Body) // in memory
+			return nil, &RefusedError{resp.StatusCode, resp.Header, string(body)}
+		}
+		return nil, err
+	}
+	ws.SetReadLimit(-1)
+	p := &Peer{ws: ws, sock: sock, done: make(chan struct{})}
+	go p.readLoop()
+	return p, nil
+}
+
+// header returns the non-empty fields, overridden by extra.
+func header(fields map[string]string, extra http.Header) http.Header {
+	h := make(http.Header)
+	for k, v := range fields {
+		if v != "" {
+			h.Set(k, v)
+		}
+	}
+	for k, v := range extra {
+		h[http.CanonicalHeaderKey(k)] = v
+	}
+	if h["User-Agent"] == nil {
+		h["User-Agent"] = []string{""} // otherwise net/http sends its own
+	}
+	return h
+}
+
+func hostPort(u *url.URL) string {
+	if u.Port() != "" {
+		return u.Host
+	}
+	if u.Scheme == "wss" || u.Scheme == "https" {
+		return net.JoinHostPort(u.Hostname(), "443")
+	}
+	return net.JoinHostPort(u.Hostname(), "80")
+}
+
+// socket is a net.Conn whose reads can be paused. Its read deadline is taken.
+type socket struct {
+	net.Conn
+	valve   valve
+	reading sync.Mutex    // held while Conn is read
+	dead    chan struct{} // closed by Close
+	close   sync.Once
+}
+
+func (s *socket) pause() {
+	s.valve.shutWith(func() { s.Conn.SetReadDeadline(longAgo) })
+	s.reading.Lock() // wait for the interrupted read to end
+	s.reading.Unlock()
+}
+
+func (s *socket) Read(b []byte) (int, error) {
+	for s.valve.wait(s.dead) {
+		n, err := s.readIfOpen(b)
+		if n == 0 && errors.Is(err, os.ErrDeadlineExceeded) {
+			continue // paused
+		}
+		return n, err
+	}
+	return 0, net.ErrClosed
+}
+
+func (s *socket) readIfOpen(b []byte) (int, error) {
+	s.reading.Lock()
+	defer s.reading.Unlock()
+	if !s.valve.ifOpen(func() { s.Conn.SetReadDeadline(time.Time{}) }) {
+		return 0, os.ErrDeadlineExceeded
+	}
+	return s.Conn.Read(b)
+}
+
+func (s *socket) Close() error {
+	s.close.Do(func() { close(s.dead) })
+	return s.Conn.Close()
+}
+
+func (s *socket) SetLinger(sec int) error {
+	if c, ok := s.Conn.(interface{ SetLinger(int) error }); ok {
+		return c.SetLinger(sec)
+	}
+	return nil
+}
