@@ -391,12 +391,12 @@ func startComposeNATS(t *testing.T, accounts string) natsCluster {
 		s.Start()
 		cluster = append(cluster, s)
 	}
-	for _, s := range cluster {
+	for i, s := range cluster {
 		if !s.ReadyForConnections(deployWait) {
 			t.Fatalf("%s does not listen", s.Name())
 		}
-		// What the health check of the compose file asks.
-		waitForOK(t, fmt.Sprintf("http://%s/healthz?js-server-only=true", s.MonitorAddr()))
+		check := services[composeNATS[i]].Healthcheck.Test
+		waitForOK(t, strings.Replace(check[len(check)-1], "127.0.0.1:8222", s.MonitorAddr().String(), 1))
 	}
 	return cluster
 }
