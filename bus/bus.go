@@ -72,7 +72,7 @@ type envelope struct {
 func New(conn *Conn, node NodeID, cfg Config, log *slog.Logger) *Bus {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &Bus{
-		node: node, cfg: cfg.withDefaults(), conn: conn, log: log,
+		node: node, cfg: cfg.withDefaults(), conn: conn, log: EventLogger(log),
 		links: make(map[linkKey]linkEntry),
 		nodes: make(map[NodeID]int),
 		timed: make(map[*Link]struct{}),

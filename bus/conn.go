@@ -45,7 +45,7 @@ type Conn struct {
 // trying in the background for ever: Connected tells. The error names a setting
 // that cannot work.
 func Dial(cfg ConnConfig, node NodeID, log *slog.Logger) (*Conn, error) {
-	c := &Conn{}
+	c, log := &Conn{}, EventLogger(log)
 	opts := c.options(node, log)
 	url := cfg.URL
 	if cfg.URL == "" {

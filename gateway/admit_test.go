@@ -1,7 +1,7 @@
 package gateway
 
 import (
-	"encoding/binary"
+	bin "encoding/binary"
 	"fmt"
 	"net/http"
 	"net/netip"
@@ -120,7 +120,7 @@ func TestAdmission_FloodForgivesAndStaysBounded(t *testing.T) {
 	a := newAdmission(time.Hour, 1)
 	addr := func(i uint64) netip.Addr {
 		var b [16]byte
-		binary.BigEndian.PutUint64(b[:], i|1<<63)
+		bin.BigEndian.PutUint64(b[:], i|1<<63)
 		return netip.AddrFrom16(b)
 	}
 	for i := range uint64(maxAddresses + 100) {

@@ -109,6 +109,9 @@ func logText(s string) string { return clip(s, maxLogText) }
 // logServerID is logText for a server-id: cut to 128 bytes, so a visible one stays whole.
 func logServerID(id string) string { return clip(id, bus.MaxServerID) }
 
+// logConnID is logText for a conn_id, which holds a server-id.
+func logConnID(id string) string { return clip(id, 2*bus.MaxServerID) }
+
 func clip(s string, limit int) string {
 	var b strings.Builder
 	for _, r := range s {

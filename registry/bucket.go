@@ -16,6 +16,9 @@ import (
 	"github.com/pyrycode/pyrycode-relay/bus"
 )
 
+// errCodeNotClustered refuses replicas on a server that stands alone.
+const errCodeNotClustered jetstream.ErrorCode = 10074
+
 // operationHeader marks a key that ended.
 const operationHeader = "KV-Operation"
 
@@ -42,6 +45,11 @@ func (b *bucket) create(ctx context.Context) error {
 		return nil
 	}
 	_, err := js.CreateKeyValue(ctx, b.cfg)
+	var api *jetstream.APIError
+	if errors.As(err, &api) && api.ErrorCode == errCodeNotClustered {
+		b.cfg.Replicas = 1 // a server that only looked like a cluster, by the addresses it has
+		_, err = js.CreateKeyValue(ctx, b.cfg)
+	}
 	if err == nil || errors.Is(err, jetstream.ErrBucketExists) {
 		return nil
 	}

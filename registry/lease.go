@@ -117,6 +117,11 @@ func (r *Registry) renew(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if rev == 0 {
+		if err := r.createBuckets(ctx); err != nil {
+			return err
+		}
+	}
 	key := string(r.bus.Node())
 	rev2, err := r.nodes.put(ctx, key, value, rev, 0)
 	if err == nil {

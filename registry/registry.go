@@ -63,7 +63,7 @@ func New(b *bus.Bus, cfg Config, log *slog.Logger) *Registry {
 	cfg = cfg.withDefaults()
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &Registry{
-		bus: b, cfg: cfg, log: log,
+		bus: b, cfg: cfg, log: bus.EventLogger(log),
 		renewNow: make(chan struct{}, 1), sweepNow: make(chan struct{}, 1),
 		ctx: ctx, cancel: cancel,
 		current:  make(map[string]*holding),

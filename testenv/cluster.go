@@ -134,7 +134,7 @@ func (c *Cluster) start() error {
 }
 
 // WaitReady waits until the cluster is whole as far as its servers run: all have
-// routes to each other, one is the JetStream meta leader and knows the state of
+// all their routes to each other, one is the JetStream meta leader and knows the state of
 // all, and all have caught up with each of their streams. Without that last one,
 // stopping one server soon after restarting another can cost a stream its quorum
 // for good. A server that is isolated counts as running.
@@ -156,19 +156,20 @@ func (c *Cluster) WaitReady(ctx context.Context) error {
 
 // missing says what the cluster lacks to be ready, "" if nothing.
 func (c *Cluster) missing() string {
-	var running []*server.Server
+	var running []*Server
 	for _, s := range c.Servers {
 		if s.Running() {
-			running = append(running, s.running.Load())
+			running = append(running, s)
 		}
 	}
 	leaders := 0
-	for _, ns := range running {
-		if ns.NumRemotes() < len(running)-1 {
-			return ns.Name() + " lacks routes"
+	for _, s := range running {
+		ns := s.running.Load()
+		if got, want := ns.NumRoutes(), (len(running)-1)*int(s.perPeer.Load()); got != want {
+			return fmt.Sprintf("%s has %d of %d routes", s.Name(), got, want)
 		}
 		if h := ns.Healthz(new(server.HealthzOptions)); h.Error != "" {
-			return ns.Name() + ": " + h.Error
+			return s.Name() + ": " + h.Error
 		}
 		if ns.JetStreamIsLeader() {
 			leaders++

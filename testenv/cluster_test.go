@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
@@ -31,6 +32,7 @@ func put(t *testing.T, kv jetstream.KeyValue, key string) {
 		if err == nil {
 			return
 		}
+		t.Log(time.Now().Format("05.000"), err)
 		if ctx.Err() != nil {
 			t.Fatal(err)
 		}
@@ -135,7 +137,11 @@ func TestClusterIsWholeAfterLongIsolation(t *testing.T) {
 	}
 	c := startCluster(t, ClusterOptions{Proxied: true})
 	kv := bucket(t, connect(t, c.URLs()[0]+","+c.URLs()[1]), r3)
+	st, _ := kv.Status(t.Context())
+	t.Logf("%+v", *st.(*jetstream.KeyValueBucketStatus).StreamInfo().Cluster)
+	for _, s := range c.Servers { t.Log(s.running.Load().JetStreamIsLeader()) }
 	c.Isolate(2)
+	t.Log(time.Now().Format("05.000"))
 	put(t, kv, "during") // two of three are a quorum
 	ctx := within(t, 60*time.Second)
 	tick := time.NewTicker(pollInterval)
@@ -147,10 +153,32 @@ func TestClusterIsWholeAfterLongIsolation(t *testing.T) {
 			t.Fatal("the isolated server was not noticed")
 		}
 	}
+	dump := func(w string) {
+		for _, s := range c.Servers {
+			ns := s.running.Load()
+			rz, _ := ns.Routez(nil)
+			line := ""
+			for _, r := range rz.Routes { line += fmt.Sprintf(" %s/%s/%v/%d", r.RemoteName, r.Account, r.DidSolicit, r.Pending) }
+			t.Log(time.Now().Format("05.000"), w, ns.Name(), ns.NumRoutes(), ns.NumRemotes(), "leader", ns.JetStreamIsLeader(), ns.Healthz(new(server.HealthzOptions)).Error, ns.JetStreamClusterPeers(), line)
+		}
+	}
+	dump("before heal")
 	c.Heal(2)
 	if err := c.WaitReady(ctx); err != nil {
+		dump("FAIL")
 		t.Fatal(err)
 	}
+	dump("ready")
+	bnc := connect(t, c.URLs()[2])
+	bjs, _ := jetstream.New(bnc)
+	for range 20 {
+	cx, cn := context.WithTimeout(ctx, time.Second)
+	_, err := bjs.CreateOrUpdateKeyValue(cx, r3)
+	cn()
+	t.Log(time.Now().Format("05.000"), err)
+	if err == nil { break }
+	}
+	dump("after")
 	back := bucket(t, connect(t, c.URLs()[2]), r3)
 	if _, err := back.Get(ctx, "during"); err != nil {
 		t.Error(err)

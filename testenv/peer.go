@@ -72,6 +72,9 @@ type CloseInfo struct {
 
 func (c CloseInfo) Error() string { return fmt.Sprintf("closed %d %q", c.Code, c.Reason) }
 
+// noCloseFrame is never on the wire: RFC 6455, 7.4.1.
+const noCloseFrame = 1006
+
 // Message is a received message.
 type Message struct {
 	Binary bool // the opcode: binary rather than text
@@ -314,8 +317,9 @@ func (p *Peer) Closed(ctx context.Context) (CloseInfo, error) {
 }
 
 // Close sends a close frame, waits for the other side's, at most 5 s, and
-// closes the connection. Code 1005 sends an empty close frame. Messages that
-// arrive meanwhile may be lost. After the end it does nothing.
+// closes the connection. It returns an error if none came. Code 1005 sends an
+// empty close frame. Messages that arrive meanwhile may be lost. After the end it
+// does nothing.
 func (p *Peer) Close(code int, reason string) error {
 	p.mu.Lock()
 	if p.closing != nil || p.over() {
@@ -335,8 +339,8 @@ func (p *Peer) Close(code int, reason string) error {
 	}
 	close(p.closing)
 	<-p.done
-	if errors.Is(err, net.ErrClosed) {
-		return nil // it ended by itself at the same moment
+	if p.info.Code != noCloseFrame || errors.Is(err, net.ErrClosed) {
+		return nil // a close frame came after all, or the end did at the same moment
 	}
 	return err
 }
@@ -390,7 +394,7 @@ func (p *Peer) readLoop() {
 	p.mu.Unlock()
 	if closing != nil {
 		<-closing
-		if p.info.Code == 1006 {
+		if p.info.Code == noCloseFrame {
 			p.info = p.echo
 		}
 		close(p.done)
@@ -412,7 +416,7 @@ func closeInfo(err error) CloseInfo {
 	if ce := (websocket.CloseError{}); errors.As(err, &ce) {
 		return CloseInfo{int(ce.Code), ce.Reason}
 	}
-	return CloseInfo{Code: 1006}
+	return CloseInfo{Code: noCloseFrame}
 }
 
 func dial(ctx context.Context, rawURL string, fields map[string]string, extra http.Header, dialContext DialFunc, conf *tls.Config) (*Peer, error) {

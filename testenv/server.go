@@ -56,6 +56,7 @@ type Server struct {
 
 	isolated, killed atomic.Bool
 	running          atomic.Pointer[server.Server] // the latest; nil before the first start
+	perPeer          atomic.Int32                  // route connections to each other server
 
 	mu sync.Mutex // held while starting and stopping
 }
@@ -201,10 +202,12 @@ func (s *Server) settle() {
 
 // start runs a server and waits until it listens.
 func (s *Server) start() error {
-	ns, err := server.NewServer(s.options())
+	o := s.options()
+	ns, err := server.NewServer(o) // completes o
 	if err != nil {
 		return fmt.Errorf("start NATS server %s: %w", s.opts.Name, err)
 	}
+	s.perPeer.Store(int32(max(o.Cluster.PoolSize, 1) + len(o.Cluster.PinnedAccounts)))
 	s.running.Store(ns)
 	go ns.Start() // returns once everything listens
 	if !ns.ReadyForConnections(startTimeout) {

@@ -33,7 +33,7 @@ var rooms = map[string]struct {
 		modules: []string{"github.com/nats-io/nats.go"},
 	},
 	"gateway": {
-		rooms:   []string{"bus", "registry"},
+		rooms: []string{"bus", "registry"},
 		modules: []string{
 			serverLibrary, "github.com/go-json-experiment/json", "github.com/prometheus/client_golang", "golang.org/x/time",
 		},

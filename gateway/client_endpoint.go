@@ -1,0 +1,129 @@
+package gateway
+
+import (
+	"errors"
+	"log/slog"
+	"net/http"
+
+	"github.com/pyrycode/pyrycode-relay/bus"
+	"github.com/pyrycode/pyrycode-relay/registry"
+)
+
+// ClientHandler serves /v1/client for phones of r's node: it checks the request,
+// attaches the phone to its binary, wherever that is, and routes its frames until
+// the connection ends. Errors are told as HTTP statuses before the upgrade and as
+// close codes after it. The connection outlives the request.
+//
+//	(protocol.md: Endpoints and order of checks)
+func ClientHandler(r *registry.Registry, logger *slog.Logger, opts ...Option) http.Handler {
+	return http.HandlerFunc(New(r, logger, opts...).serveClient)
+}
+
+// phone is one phone connection.
+type phone struct {
+	conn
+	serverID string
+	link     *bus.Link
+	device   string
+	addr     string
+	decision error // of the registry, to be told as a close code; nil: attached
+
+	// Owned by the reading goroutine.
+	prefix []byte // of the next envelope; the first one carries the token
+	later  []byte // of those after it; nil once it is prefix
+}
+
+func (g *Gateway) serveClient(w http.ResponseWriter, r *http.Request) {
+	leave, addr, ok := g.enter(w, r, endpointClient)
+	if !ok {
+		return
+	}
+	h, err := readPhoneHeaders(r.Header)
+	if err != nil {
+		leave(outcomeBadRequest)
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	p := g.newPhone(h, addr)
+	sock, err := upgrade(w, r, &g.cfg, func() error {
+		p.decision = g.reg.RegisterPhone(h.serverID, p, registry.WithLink(p.link))
+		if p.decision == nil || errors.Is(p.decision, registry.ErrNoServer) || errors.Is(p.decision, registry.ErrTooManyPhones) {
+			return nil
+		}
+		g.metrics.registerFailed(failureOf(p.decision))
+		return refusalFor(p.decision)
+	})
+	if err != nil {
+		leave(outcomeOf(err))
+		g.reg.UnregisterPhone(h.serverID, p.id)
+		p.abandon()
+		return
+	}
+	p.start(sock)
+	g.add(&p.conn)
+	go g.run(p, leave)
+}
+
+func (g *Gateway) newPhone(h phoneHeaders, addr string) *phone {
+	p := &phone{serverID: h.serverID, device: logText(h.deviceName), addr: addr}
+	p.init(g, kindPhone, bus.NewConnID(h.serverID), func(code int) {
+		p.link.Close(bus.CodeError(code)) //nolint:gosec // closeCode: a close code
+	})
+	p.link = g.reg.Bus().NewLink(h.serverID, p.id, p)
+	p.prefix = upPrefix(p.id, "", false)
+	if !g.cfg.NoToken {
+		p.prefix, p.later = upPrefix(p.id, h.token, true), p.prefix
+	}
+	return p
+}
+
+func (p *phone) base() *conn { return &p.conn }
+
+func (p *phone) serve() {
+	if p.decision != nil {
+		p.refuse()
+		return
+	}
+	log := p.g.log.With("server_id", logServerID(p.serverID), "conn_id", logConnID(p.id))
+	log.Info("phone_registered", "device_name", p.device, "remote", p.addr)
+	err := p.readMessages(p.handle)
+	code := p.endedAs(err)
+	p.link.Close(bus.CodeError(code)) //nolint:gosec // a close code
+	p.g.reg.UnregisterPhone(p.serverID, p.id)
+	log.Info("phone_unregistered", "code", code)
+}
+
+// refuse tells a phone that was upgraded why it is not attached.
+func (p *phone) refuse() {
+	p.g.metrics.registerFailed(failureOf(p.decision))
+	if errors.Is(p.decision, registry.ErrNoServer) {
+		p.g.log.Info("phone_register_no_server", "server_id", logServerID(p.serverID), "remote", p.addr)
+	}
+	p.closeAs(codeFor(p.decision))
+	_ = p.readMessages(func([]byte) {}) // until the close frame has been answered
+}
+
+// ended implements peer. What did not reach the phone is lost with its session.
+func (p *phone) ended([]message) {}
+
+// handle passes one message of the phone on.
+func (p *phone) handle(msg []byte) {
+	if !validFrame(msg) {
+		p.closeAs(codeNotJSON)
+		return
+	}
+	buf := make([]byte, bus.Headroom, bus.Headroom+len(p.prefix)+len(msg)+len(upSuffix))
+	buf = append(buf, p.prefix...)
+	buf = append(buf, msg...)
+	buf = append(buf, upSuffix...)
+	if p.later != nil {
+		p.prefix, p.later = p.later, nil
+	}
+	_ = p.link.Send(buf) // fails when the link has ended, and then End closes the connection
+}
+
+// Deliver implements bus.Receiver: one frame of the binary.
+func (p *phone) Deliver(l *bus.Link, frame []byte) { p.out.put(message{frame, l}) }
+
+// End implements bus.Receiver.
+func (p *phone) End(_ *bus.Link, err error) { p.closeAs(codeFor(err)) }

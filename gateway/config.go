@@ -1,0 +1,94 @@
+package gateway
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Config is what the operator decides about sockets. The zero value of a field
+// means its default, unless it says otherwise.
+type Config struct {
+	Version string // of this program, for /healthz
+
+	// MaxFrameBytes is the longest message of a peer, fragments summed. Default
+	// 262,144.
+	MaxFrameBytes int
+	// NoToken keeps the phones' tokens from the binaries. Default: each is handed
+	// over once.
+	NoToken bool
+	// MaxConnections of this node, upgrades under way included. 0: no limit.
+	MaxConnections int
+	// UpgradeInterval and UpgradeBurst bound the upgrades of one address. Defaults
+	// 6 s and 20; a burst below 0 means no limit.
+	UpgradeInterval time.Duration
+	UpgradeBurst    int
+	// TrustedProxies may say who the client is, in X-Forwarded-For.
+	TrustedProxies []netip.Prefix
+	// PingInterval between pings to every peer, and PongTimeout for the answer.
+	// Default 30 s each.
+	PingInterval, PongTimeout time.Duration
+	// WriteTimeout for one message to a peer. Default 10 s.
+	WriteTimeout time.Duration
+	// MessageTimeout for a peer to finish a message that it has begun. Default
+	// 30 s.
+	MessageTimeout time.Duration
+	// Metrics is where this gateway's metrics are registered. Default: nowhere.
+	Metrics prometheus.Registerer
+}
+
+func (c Config) withDefaults() Config {
+	def := func(d *time.Duration, v time.Duration) {
+		if *d <= 0 {
+			*d = v
+		}
+	}
+	def(&c.UpgradeInterval, 6*time.Second)
+	def(&c.PingInterval, 30*time.Second)
+	def(&c.PongTimeout, 30*time.Second)
+	def(&c.WriteTimeout, 10*time.Second)
+	def(&c.MessageTimeout, 30*time.Second)
+	if c.UpgradeBurst == 0 {
+		c.UpgradeBurst = 20
+	}
+	if c.MaxFrameBytes <= 0 {
+		c.MaxFrameBytes = 256 << 10
+	}
+	return c
+}
+
+const (
+	// readBuffer and writeBuffer are the library's bufio sizes in bytes: its
+	// defaults of 4 KiB each would be most of what an idle connection costs. Larger
+	// messages bypass them.
+	readBuffer  = 1 << 10
+	writeBuffer = 512
+
+	// scratchSize is what a message is read into at first, and scratchKeep the
+	// largest scratch that is kept for the next message.
+	scratchSize = 4 << 10
+	scratchKeep = 64 << 10
+
+	// heartbeatSlots divide PingInterval: each tick pings the connections of one
+	// slot, so that pings are spread and no connection has a timer of its own.
+	heartbeatSlots = 30
+
+	// parkTime is how long a binary that was just upgraded is kept although the
+	// relay could not decide: closed at once, it would redial at once.
+	parkTime = time.Second
+
+	// retryAfter is what a 503 asks for, in seconds.
+	retryAfter = 2
+
+	// drainBatch connections are closed every drainPause when the gateway drains,
+	// so that the others do not meet all of them in one instant.
+	drainBatch = 200
+	drainPause = 50 * time.Millisecond
+)
+
+// Option adds to a Gateway.
+type Option func(*Gateway)
+
+// WithConfig sets what the operator decides.
+func WithConfig(c Config) Option { return func(g *Gateway) { g.cfg = c } }

@@ -1,0 +1,203 @@
+package gateway
+
+import (
+	"context"
+	"io"
+	"sync"
+	"time"
+
+	"github.com/pyrycode/pyrycode-relay/bus"
+)
+
+// kind of a connection; also the label of its metrics.
+type kind uint8
+
+const (
+	kindBinary kind = iota
+	kindPhone
+)
+
+// conn is one connection: what phones and binaries have in common. Its run starts
+// the reader, awaits the writer, and is awaited by Gateway.Shutdown.
+type conn struct {
+	g      *Gateway
+	kind   kind
+	id     string
+	slot   int           // of the heartbeat
+	done   chan struct{} // closed when the socket has ended
+	opened chan struct{} // closed when sock is set
+	sock   *socket       // set before opened is closed
+	out    outbox
+	tasks  sync.WaitGroup // writer, pings, timers
+
+	// onClose is called once, with the code, when the relay begins to close the
+	// connection. It must not block.
+	onClose func(code int)
+}
+
+func (c *conn) init(g *Gateway, k kind, id string, onClose func(code int)) {
+	c.g, c.kind, c.id, c.onClose = g, k, id, onClose
+	c.done, c.opened = make(chan struct{}), make(chan struct{})
+	c.out.conn = c
+}
+
+// ConnID names the connection.
+func (c *conn) ConnID() string { return c.id }
+
+// Send queues one message. It returns bus.ErrClosed when the connection is ending.
+func (c *conn) Send(p []byte) error {
+	if !c.out.put(message{p: p}) {
+		return bus.ErrClosed
+	}
+	return nil
+}
+
+// Close closes the connection as one that the relay has no more use for.
+func (c *conn) Close() { c.closeAs(closeCode{code: statusGoingAway}) }
+
+// closeAs closes the connection; the first code wins. It does not wait.
+func (c *conn) closeAs(code closeCode) {
+	if c.out.close(code, c.g.cfg.WriteTimeout) {
+		c.onClose(code.code)
+	}
+}
+
+// abandon is end for a connection whose upgrade failed.
+func (c *conn) abandon() {
+	close(c.done)
+	c.out.fail()
+	c.tasks.Wait()
+}
+
+// start gives the connection its socket.
+func (c *conn) start(s *socket) {
+	c.sock = s
+	close(c.opened)
+	c.out.open(s)
+}
+
+// end says that the socket has ended and waits for whatever works for the
+// connection. It returns what was never written.
+func (c *conn) end() []message {
+	close(c.done)
+	left := c.out.fail()
+	c.sock.drop()
+	c.tasks.Wait()
+	return left
+}
+
+// after runs f after d unless the connection ends before.
+func (c *conn) after(d time.Duration, f func()) {
+	c.tasks.Go(func() {
+		t := time.NewTimer(d)
+		defer t.Stop()
+		select {
+		case <-t.C:
+			f()
+		case <-c.done:
+		}
+	})
+}
+
+// ping proves that the peer is alive: nil when the pong to a ping sent now came
+// before ctx ended.
+func (c *conn) ping(ctx context.Context) error {
+	select {
+	case <-c.opened:
+		return c.sock.ping(ctx)
+	case <-c.done:
+		return bus.ErrClosed
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// heartbeat pings the peer once and closes the connection if it does not answer.
+func (c *conn) heartbeat() {
+	ctx, cancel := context.WithTimeout(context.Background(), c.g.cfg.PongTimeout)
+	defer cancel()
+	if c.ping(ctx) == nil {
+		return
+	}
+	select {
+	case <-c.done:
+	default:
+		c.closeAs(codeHeartbeat)
+	}
+}
+
+// scratch is what messages are read into before their length is known.
+var scratches = sync.Pool{New: func() any { b := make([]byte, 0, scratchSize); return &b }}
+
+// readMessages calls handle for each message of the peer until the connection
+// ends, and returns why. p is only good during the call. Messages that come while
+// the relay closes the connection are read and dropped, so that the peer's close
+// frame is seen.
+func (c *conn) readMessages(handle func(p []byte)) error {
+	for {
+		r, err := c.sock.next()
+		if err != nil {
+			return err
+		}
+		if err := c.readMessage(r, handle); err != nil {
+			return err
+		}
+		c.sock.endMessage()
+	}
+}
+
+func (c *conn) readMessage(r io.Reader, handle func(p []byte)) error {
+	scratch := scratches.Get().(*[]byte)
+	defer func() {
+		if cap(*scratch) <= scratchKeep {
+			scratches.Put(scratch)
+		}
+	}()
+	p, err := readAll(r, (*scratch)[:0], c.g.cfg.MaxFrameBytes)
+	*scratch = p
+	switch {
+	case err != nil:
+		return err
+	case len(p) > c.g.cfg.MaxFrameBytes:
+		c.closeAs(codeTooBig)
+		_, err := io.Copy(io.Discard, r)
+		return err
+	}
+	if _, closing := c.out.closed(); !closing {
+		handle(p)
+	}
+	return nil
+}
+
+// readAll reads r to its end into p, or until there is more than limit.
+func readAll(r io.Reader, p []byte, limit int) ([]byte, error) {
+	for len(p) <= limit {
+		if len(p) == cap(p) {
+			p = append(p, 0)[:len(p)]
+		}
+		n, err := r.Read(p[len(p):min(cap(p), limit+1)])
+		p = p[:len(p)+n]
+		if err == io.EOF {
+			return p, nil
+		}
+		if err != nil {
+			return p, err
+		}
+	}
+	return p, nil
+}
+
+// endedAs returns the code that says how a connection ended: the relay's own if it
+// closed it, else the peer's, else 1001.
+func (c *conn) endedAs(err error) int {
+	if own, ok := c.out.closed(); ok {
+		return own.code
+	}
+	if code, ok := peerCode(err); ok {
+		return code
+	}
+	if brokeProtocol(err) {
+		return codeProtocol.code
+	}
+	return statusGoingAway
+}

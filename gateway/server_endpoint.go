@@ -1,0 +1,213 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/pyrycode/pyrycode-relay/bus"
+	"github.com/pyrycode/pyrycode-relay/registry"
+)
+
+// ServerHandler serves /v1/server for binaries of r's node: it checks the request,
+// claims the server-id, and routes between the binary and its phones until the
+// connection ends. The connection outlives the request.
+//
+//	(protocol.md: Life of a claim)
+func ServerHandler(r *registry.Registry, logger *slog.Logger, opts ...Option) http.Handler {
+	return http.HandlerFunc(New(r, logger, opts...).serveServer)
+}
+
+// binary is one binary connection.
+type binary struct {
+	conn
+	serverID string
+	version  string
+	addr     string
+
+	// Guarded by mu.
+	mu     sync.Mutex
+	phones map[string]*bus.Link // by conn id: the phones that the binary has heard from
+	gone   bool                 // the connection has ended
+
+	decision error // of the registry before the upgrade: nil, or ErrHeld
+
+	// Owned by the reading goroutine; holds by decide, before decided is closed.
+	holds   bool
+	scratch [512]byte // for a conn id with escapes
+	warned  map[string]struct{}
+}
+
+func (g *Gateway) serveServer(w http.ResponseWriter, r *http.Request) {
+	leave, addr, ok := g.enter(w, r, endpointServer)
+	if !ok {
+		return
+	}
+	h, err := readBinaryHeaders(r.Header)
+	if err != nil {
+		leave(outcomeBadRequest)
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	b := &binary{serverID: h.serverID, version: h.version, addr: addr, phones: make(map[string]*bus.Link)}
+	b.init(g, kindBinary, bus.NewConnID(h.serverID), func(int) {})
+	sock, err := upgrade(w, r, &g.cfg, func() error {
+		b.decision = b.claim(registry.WithoutProbe())
+		if b.decision == nil || errors.Is(b.decision, registry.ErrHeld) {
+			return nil
+		}
+		g.metrics.registerFailed(failureOf(b.decision))
+		return refusalFor(b.decision)
+	})
+	if err != nil {
+		leave(outcomeOf(err))
+		b.abandon()
+		g.reg.ReleaseServer(h.serverID, b)
+		return
+	}
+	b.start(sock)
+	g.add(&b.conn)
+	go g.run(b, leave)
+}
+
+func (b *binary) base() *conn { return &b.conn }
+
+func (b *binary) claim(opts ...registry.Option) error {
+	return b.g.reg.ClaimServer(b.serverID, b, append(opts,
+		registry.WithReceiver(b), registry.WithPing(b.ping), registry.OnEvict(b.evict),
+		registry.WithVersion(b.version), registry.WithRemote(b.addr))...)
+}
+
+// serve implements peer. A binary whose claim needs a probe is read no further
+// than its first message until that is decided.
+func (b *binary) serve() {
+	ctx, cancel := context.WithCancel(context.Background())
+	decided := make(chan struct{})
+	b.tasks.Go(func() {
+		defer close(decided)
+		b.decide(ctx)
+	})
+	_ = b.readMessages(func(p []byte) {
+		<-decided
+		b.handle(p)
+	})
+	cancel()
+	<-decided
+}
+
+// ended implements peer: the grace begins, and the sessions of phones whose frames
+// never reached the binary are in doubt.
+func (b *binary) ended(left []message) {
+	b.mu.Lock()
+	b.gone = true
+	b.mu.Unlock()
+	for _, m := range left {
+		if m.link != nil {
+			m.link.Close(bus.ErrAway)
+		}
+	}
+	if b.holds {
+		b.g.held.Add(-1)
+	}
+	b.g.reg.ReleaseServer(b.serverID, b)
+}
+
+// decide finishes a claim that could not be decided before the upgrade, and closes
+// the binary if it does not get its server-id.
+func (b *binary) decide(ctx context.Context) {
+	upgraded := time.Now()
+	err := b.decision
+	if err != nil {
+		err = b.claim(registry.WithContext(ctx))
+	}
+	switch {
+	case err == nil:
+		b.holds = true
+		b.g.held.Add(1)
+		b.g.log.Info("server_claimed", "server_id", logServerID(b.serverID), "binary_version", logText(b.version), "remote", b.addr)
+		return
+	case errors.Is(err, registry.ErrServerIDConflict):
+		b.g.log.Info("server_id_conflict", "server_id", logServerID(b.serverID), "remote", b.addr)
+	default:
+		select { // not at once, or it would redial at once, and so on
+		case <-time.After(parkTime - time.Since(upgraded)):
+		case <-ctx.Done():
+		}
+	}
+	b.g.metrics.registerFailed(failureOf(err))
+	b.closeAs(codeFor(err))
+}
+
+// handle passes one message of the binary on to the phone that it names.
+func (b *binary) handle(msg []byte) {
+	e, err := parseDown(msg, b.scratch[:0])
+	if err != nil {
+		b.drop(dropKind(err))
+		return
+	}
+	b.mu.Lock()
+	l := b.phones[string(e.connID)]
+	if l != nil && e.closeCode != 0 {
+		delete(b.phones, string(e.connID)) // its end is the binary's own doing
+	}
+	b.mu.Unlock()
+	if l == nil {
+		b.drop(dropUnknownConn)
+		return
+	}
+	if e.frame != nil {
+		buf := make([]byte, bus.Headroom+len(e.frame))
+		copy(buf[bus.Headroom:], e.frame)
+		if errors.Is(l.Offer(buf), bus.ErrBacklog) {
+			b.End(l, bus.ErrBacklog)
+			return
+		}
+	}
+	if e.closeCode != 0 {
+		l.Close(bus.CodeError(e.closeCode)) //nolint:gosec // parseDown: at most 65535
+	}
+}
+
+// drop counts a message that goes nowhere, and logs the first of each kind.
+func (b *binary) drop(kind string) {
+	b.g.metrics.dropped(kind)
+	if _, ok := b.warned[kind]; ok {
+		return
+	}
+	if b.warned == nil {
+		b.warned = make(map[string]struct{})
+	}
+	b.warned[kind] = struct{}{}
+	b.g.log.Warn("envelope_dropped", "server_id", logServerID(b.serverID), "kind", kind)
+}
+
+// Deliver implements bus.Receiver: one envelope of a phone.
+func (b *binary) Deliver(l *bus.Link, envelope []byte) {
+	b.mu.Lock()
+	gone := b.gone
+	if !gone {
+		b.phones[l.ConnID()] = l
+	}
+	b.mu.Unlock()
+	if gone || !b.out.put(message{envelope, l}) {
+		l.Close(bus.ErrAway) // its session is in doubt
+	}
+}
+
+// End implements bus.Receiver: a phone has gone, and the binary is told unless it
+// asked for that or never heard of the phone.
+func (b *binary) End(l *bus.Link, err error) {
+	b.mu.Lock()
+	_, told := b.phones[l.ConnID()]
+	delete(b.phones, l.ConnID())
+	b.mu.Unlock()
+	if told {
+		b.out.put(message{p: closeNotice(l.ConnID(), noticeCode(err))})
+	}
+}
+
+// evict ends a binary that lost its server-id.
+func (b *binary) evict(err error) { b.closeAs(codeFor(err)) }

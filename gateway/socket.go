@@ -1,0 +1,253 @@
+package gateway
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/coder/websocket"
+)
+
+// This file is the only one of the gateway that touches the WebSocket library.
+//                                                           (docs/adr/0001)
+
+// socket is one WebSocket connection. Reader and writer are one goroutine each;
+// ping and close may be called by any.
+type socket struct {
+	ws   *websocket.Conn
+	wire *wire
+}
+
+// wire is the net.Conn under a socket. It bounds each write, and each message
+// that has begun to arrive, in time; silence between messages is not bounded.
+type wire struct {
+	net.Conn
+	writeTimeout   time.Duration
+	messageTimeout time.Duration
+
+	br *bufio.Reader // static; read by the reading goroutine, and by close's once closing is set
+
+	// Guarded by mu.
+	mu        sync.Mutex
+	begun     time.Time // when the first byte of the message in hand came; zero: none
+	deadline  bool      // a read deadline is set
+	inMessage bool      // between a message's header and its end
+	closing   bool      // close reads now, with a time limit of its own
+}
+
+func (w *wire) Write(p []byte) (int, error) {
+	if err := w.SetWriteDeadline(time.Now().Add(w.writeTimeout)); err != nil {
+		return 0, err
+	}
+	return w.Conn.Write(p)
+}
+
+func (w *wire) Read(p []byte) (int, error) {
+	w.mu.Lock()
+	if !w.begun.IsZero() && !w.deadline && !w.closing {
+		w.deadline = true
+		_ = w.SetReadDeadline(w.begun.Add(w.messageTimeout)) // fails only when closed, and then the read fails too
+	}
+	w.mu.Unlock()
+	n, err := w.Conn.Read(p)
+	if n > 0 {
+		w.mu.Lock()
+		if w.begun.IsZero() {
+			w.begun = time.Now()
+		}
+		w.mu.Unlock()
+	}
+	return n, err
+}
+
+// begin says that a message's first header has been read.
+func (w *wire) begin() {
+	w.mu.Lock()
+	w.inMessage = true
+	w.mu.Unlock()
+}
+
+// rest says that a message has been read to its end, or a control frame, which
+// changes nothing if it came between the fragments of a message.
+func (w *wire) rest(control bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closing || control && w.inMessage {
+		return
+	}
+	w.inMessage = false
+	w.begun = time.Time{}
+	if w.br.Buffered() > 0 {
+		w.begun = time.Now() // the next one has begun
+	}
+	if w.deadline {
+		w.deadline = false
+		_ = w.SetReadDeadline(time.Time{})
+	}
+}
+
+// stop ends the bounds on reading, for close.
+func (w *wire) stop() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.closing = true
+	_ = w.SetReadDeadline(time.Time{})
+}
+
+// upgrade answers a WebSocket handshake. When the handshake is valid and before
+// the 101 goes out, it calls decide; if that returns a refusal, the answer is its
+// status instead. The socket has no limit on message length: the reader counts.
+func upgrade(w http.ResponseWriter, r *http.Request, cfg *Config, decide func() error) (*socket, error) {
+	u := &upgrader{ResponseWriter: w, decide: decide, cfg: cfg}
+	ws, err := websocket.Accept(u, r, &websocket.AcceptOptions{
+		InsecureSkipVerify: true, // no cookies here: a page that dials has no more rights than any program
+		CompressionMode:    websocket.CompressionDisabled,
+		OnPingReceived:     func(context.Context, []byte) bool { u.controlFrame(); return true },
+		OnPongReceived:     func(context.Context, []byte) { u.controlFrame() },
+	})
+	if err != nil {
+		return nil, errors.Join(u.refused, err)
+	}
+	ws.SetReadLimit(-1)
+	return &socket{ws: ws, wire: u.wire}, nil
+}
+
+// upgrader is the ResponseWriter that the library gets. It runs decide between the
+// handshake's check and the 101, and hands over a connection with small buffers.
+type upgrader struct {
+	http.ResponseWriter
+	decide  func() error
+	cfg     *Config
+	wire    *wire
+	refused error
+}
+
+// refusal is an answer with an HTTP status instead of the 101.
+type refusal struct {
+	status int
+	text   string
+}
+
+func (e refusal) Error() string { return e.text }
+
+func (u *upgrader) WriteHeader(status int) {
+	if status != http.StatusSwitchingProtocols && u.refused == nil {
+		u.ResponseWriter.WriteHeader(status) // Hijack sends the 101
+	}
+}
+
+func (u *upgrader) Write(p []byte) (int, error) {
+	if u.refused != nil {
+		return len(p), nil // the library's own words on top of the refusal
+	}
+	return u.ResponseWriter.Write(p)
+}
+
+func (u *upgrader) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	if err := u.decide(); err != nil {
+		u.refuse(err)
+		return nil, nil, err
+	}
+	u.ResponseWriter.WriteHeader(http.StatusSwitchingProtocols)
+	conn, rw, err := http.NewResponseController(u.ResponseWriter).Hijack()
+	if err != nil {
+		u.refused = err
+		return nil, nil, err
+	}
+	w := &wire{Conn: conn, writeTimeout: u.cfg.WriteTimeout, messageTimeout: u.cfg.MessageTimeout}
+	u.wire = w
+	// What the client sent behind its handshake is in the server's buffer.
+	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // as much as is buffered is there
+	w.br = bufio.NewReaderSize(io.MultiReader(bytes.NewReader(bytes.Clone(early)), w), max(readBuffer, len(early)))
+	if _, err := w.br.Peek(len(early)); err != nil {
+		return nil, nil, err
+	}
+	if len(early) > 0 {
+		w.begun = time.Now()
+	}
+	return w, bufio.NewReadWriter(w.br, bufio.NewWriterSize(w, writeBuffer)), nil
+}
+
+func (u *upgrader) refuse(err error) {
+	u.refused = err
+	h := u.ResponseWriter.Header()
+	for _, name := range []string{"Upgrade", "Connection", "Sec-WebSocket-Accept"} {
+		h.Del(name)
+	}
+	var r refusal
+	if !errors.As(err, &r) {
+		r = refusal{http.StatusServiceUnavailable, "try again"}
+	}
+	refuseUpgrade(u.ResponseWriter, r)
+}
+
+// controlFrame is called by the reading goroutine for each ping and pong.
+func (u *upgrader) controlFrame() {
+	if u.wire != nil {
+		u.wire.rest(true)
+	}
+}
+
+// next waits for the next message's first frame. Pings are answered meanwhile.
+func (s *socket) next() (io.Reader, error) {
+	_, r, err := s.ws.Reader(context.Background()) // a context that can end costs 12 allocations a message
+	if err == nil {
+		s.wire.begin()
+	}
+	return r, err
+}
+
+// endMessage says that the reader of next has been read to its end.
+func (s *socket) endMessage() { s.wire.rest(false) }
+
+// write sends one text message.
+func (s *socket) write(p []byte) error {
+	return s.ws.Write(context.Background(), websocket.MessageText, p)
+}
+
+// ping sends a ping and waits for its pong. It returns nil when that came, and an
+// error when the connection or ctx ended. A ping that cannot be written because a
+// long message is on its way is tried again.
+func (s *socket) ping(ctx context.Context) error {
+	for {
+		err := s.ws.Ping(ctx)
+		if err == nil || ctx.Err() != nil || errors.Is(err, net.ErrClosed) || !errors.Is(err, context.DeadlineExceeded) {
+			return err
+		}
+	}
+}
+
+// close sends a close frame, waits for the peer's (at most 5 s), and closes.
+func (s *socket) close(c closeCode) {
+	if !sendable(c.code) {
+		s.drop()
+		return
+	}
+	s.wire.stop()
+	_ = s.ws.Close(websocket.StatusCode(c.code), c.reason) // whatever fails, the connection is closed
+}
+
+// drop closes the connection without a word.
+func (s *socket) drop() { _ = s.ws.CloseNow() }
+
+// peerCode says with which code a peer ended the connection, from the error of a
+// read; ok is false if it sent no close frame.
+func peerCode(err error) (code int, ok bool) {
+	code = int(websocket.CloseStatus(err))
+	return code, code != -1
+}
+
+// brokeProtocol reports whether a read failed because of what the peer sent, and
+// not because the connection ended.
+func brokeProtocol(err error) bool {
+	var netErr net.Error
+	_, closed := peerCode(err)
+	return !closed && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) &&
+		!errors.Is(err, net.ErrClosed) && !errors.Is(err, io.ErrClosedPipe) && !errors.As(err, &netErr)
+}
