@@ -216,7 +216,13 @@ func (b *Bus) publish(subject, replyTo string, m *Message, buf []byte) {
 	} else {
 		m.putHeader(buf)
 	}
-	if err := b.conn.nc.PublishRequest(subject, replyTo, buf); err != nil {
+	var err error
+	if replyTo == "" {
+		err = b.conn.nc.Publish(subject, buf)
+	} else {
+		err = b.conn.nc.PublishRequest(subject, replyTo, buf)
+	}
+	if err != nil {
 		b.unpublished.Add(1)
 	}
 }
