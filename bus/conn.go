@@ -190,6 +190,29 @@ func (c *Conn) Request(ctx context.Context, subject string, data []byte) (*nats.
 	return msg, err
 }
 
+// RequestMany is a request with many answers. It passes each to take until that
+// returns false. Errors as Request.
+func (c *Conn) RequestMany(ctx context.Context, subject string, data []byte, take func(*nats.Msg) bool) error {
+	inbox := c.nc.NewRespInbox()
+	sub, err := c.nc.SubscribeSync(inbox)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = sub.Unsubscribe() }() // fails only when the connection is closed
+	if err := c.nc.PublishRequest(subject, inbox, data); err != nil {
+		return err
+	}
+	for {
+		msg, err := sub.NextMsgWithContext(ctx)
+		if errors.Is(err, nats.ErrNoResponders) {
+			return ErrNoResponders
+		}
+		if err != nil || !take(msg) {
+			return err
+		}
+	}
+}
+
 // Servers is how many NATS servers the cluster of the connection has, as far as
 // this connection or the embedded server's configuration tells: at least 1.
 func (c *Conn) Servers() int {

@@ -101,18 +101,84 @@ func (b *bucket) get(ctx context.Context, key string) (record, error) {
 	if err != nil {
 		return record{}, fmt.Errorf("%w: read from %s: %w", errUnknown, b.cfg.Bucket, err)
 	}
+	_, rec, err := b.direct(answer)
+	return rec, err
+}
+
+// direct reads an answer to DIRECT.GET. The key is empty if there is none.
+func (b *bucket) direct(answer *nats.Msg) (key string, rec record, err error) {
 	if status := answer.Header.Get("Status"); status != "" {
 		if status == "404" {
-			return record{}, nil
+			return "", record{}, nil
 		}
-		return record{}, fmt.Errorf("%w: read from %s: status %s", errUnknown, b.cfg.Bucket, status)
+		return "", record{}, fmt.Errorf("%w: read from %s: status %s", errUnknown, b.cfg.Bucket, status)
 	}
 	revision, err := strconv.ParseUint(answer.Header.Get(jetstream.SequenceHeader), 10, 64)
 	if err != nil {
-		return record{}, fmt.Errorf("%w: read from %s: no revision", errUnknown, b.cfg.Bucket)
+		return "", record{}, fmt.Errorf("%w: read from %s: no revision", errUnknown, b.cfg.Bucket)
 	}
+	key = strings.TrimPrefix(answer.Header.Get(jetstream.SubjectHeader), b.subject(""))
 	ended := answer.Header.Get(operationHeader) != "" || answer.Header.Get(jetstream.MarkerReasonHeader) != ""
-	return record{value: answer.Data, revision: revision, exists: !ended}, nil
+	return key, record{value: answer.Data, revision: revision, exists: !ended}, nil
+}
+
+// getMany reads many keys, at most maxGetMany, like get: a hint. Keys without a
+// record are not in the result.
+func (b *bucket) getMany(ctx context.Context, keys []string) (map[string]record, error) {
+	ctx, cancel := context.WithTimeout(ctx, kvTimeout)
+	defer cancel()
+	subjects := make([]string, len(keys))
+	for i, k := range keys {
+		subjects[i] = b.subject(k)
+	}
+	ask, err := json.Marshal(map[string][]string{"multi_last": subjects})
+	if err != nil {
+		return nil, err
+	}
+	found := make(map[string]record, len(keys))
+	var failure error
+	err = b.conn.RequestMany(ctx, "$JS.API.DIRECT.GET."+b.stream(), ask, func(answer *nats.Msg) bool {
+		switch answer.Header.Get("Status") {
+		case "204", "404": // that was all; there is nothing
+			return false
+		}
+		key, rec, err := b.direct(answer)
+		if err != nil {
+			failure = err
+			return false
+		}
+		found[key] = rec
+		return true
+	})
+	if err = errors.Join(err, failure); err != nil {
+		return nil, fmt.Errorf("%w: read from %s: %w", errUnknown, b.cfg.Bucket, err)
+	}
+	return found, nil
+}
+
+// each calls f for every key that is there, from the leader's point of view when
+// the scan began.
+func (b *bucket) each(ctx context.Context, f func(key string, rec record)) error {
+	kv, err := b.conn.JetStream().KeyValue(ctx, b.cfg.Bucket)
+	if err != nil {
+		return err
+	}
+	watcher, err := kv.WatchAll(ctx, jetstream.IgnoreDeletes())
+	if err != nil {
+		return err
+	}
+	defer func() { _ = watcher.Stop() }() // fails only when the connection is closed
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case e := <-watcher.Updates():
+			if e == nil {
+				return nil
+			}
+			f(e.Key(), record{value: e.Value(), revision: e.Revision(), exists: true})
+		}
+	}
 }
 
 // getLeader reads from the leader.

@@ -85,7 +85,8 @@ func (r *Registry) mayTake(ctx context.Context, h *holding, found entry) error {
 		return nil
 	}
 	if found.Node == r.bus.Node() {
-		if in := r.holdingOf(found.Session); in == nil || r.stateOf(in) != held {
+		// A claim of this node whose write has just been seen is as good as held.
+		if in := r.holdingOf(found.Session); in == nil || r.stateOf(in) == grace || r.stateOf(in) == over {
 			return nil // an entry that this node left behind
 		}
 	} else if state := r.askNode(ctx, found.Node); state != nodeAlive {

@@ -82,6 +82,8 @@ const (
 	sweepEvery = 5 * time.Second
 	// sweepWorkers bounds the KV calls under way in a sweep.
 	sweepWorkers = 16
+	// maxGetMany is how many keys one read asks for: JetStream answers at most 1,024.
+	maxGetMany = 1000
 	// markerTTL is how long the KV keeps the marker of a key that ended.
 	markerTTL = time.Minute
 )

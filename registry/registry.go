@@ -49,9 +49,11 @@ type Registry struct {
 	phones   map[string]map[string]*phone // by server-id and conn id: phones attached through this node
 	orphans  map[bus.SessionID]orphan     // entries that this node may have left in the KV
 	suspects map[bus.NodeID]time.Time     // nodes without responders, since when
-	warned   map[bus.NodeID]struct{}      // nodes whose other settings have been logged
-	known    map[bus.NodeID]struct{}      // nodes seen with a lease
 	trouble  troubleState
+
+	// Owned by sweepLoop.
+	known   map[bus.NodeID]nodeEntry // nodes that had a lease at the latest sweep
+	reapDue bool                     // entries of dead nodes may be in the KV
 }
 
 // orphan is an entry to remove: a claim whose outcome was unknown, or a grace
@@ -71,8 +73,7 @@ func New(b *bus.Bus, cfg Config, log *slog.Logger) *Registry {
 		phones:   make(map[string]map[string]*phone),
 		orphans:  make(map[bus.SessionID]orphan),
 		suspects: make(map[bus.NodeID]time.Time),
-		warned:   make(map[bus.NodeID]struct{}),
-		known:    make(map[bus.NodeID]struct{}),
+		reapDue:  true, // whoever ran here before may have left entries
 	}
 	r.nodes = &bucket{conn: b.Conn(), cfg: jetstream.KeyValueConfig{
 		Bucket: cfg.KVPrefix + "_nodes", TTL: cfg.LeaseTTL,

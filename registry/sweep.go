@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -43,11 +44,31 @@ func (r *Registry) sweep(ctx context.Context) {
 		orphans[s] = o
 	}
 	r.mu.Unlock()
-	eachOf(holdings, sweepWorkers, func(h *holding) { r.check(ctx, h) })
+	for chunk := range slices.Chunk(holdings, maxGetMany) {
+		eachOf(r.differing(ctx, chunk), sweepWorkers, func(h *holding) { r.check(ctx, h) })
+	}
 	for s, o := range orphans {
 		r.removeOrphan(ctx, s, o)
 	}
 	r.lookAtNodes(ctx)
+}
+
+// differing picks the holdings that the KV may not agree with.
+func (r *Registry) differing(ctx context.Context, holdings []*holding) (differ []*holding) {
+	keys := make([]string, len(holdings))
+	for i, h := range holdings {
+		keys[i] = h.key()
+	}
+	found, err := r.presence.getMany(ctx, keys)
+	if err != nil {
+		return holdings
+	}
+	for i, h := range holdings {
+		if e, ok := entryOf(found[keys[i]]); !ok || e.Session != h.session || !r.agrees(h, e) {
+			differ = append(differ, h)
+		}
+	}
+	return differ
 }
 
 // eachOf calls f for each of list, on as many goroutines as workers.
@@ -74,11 +95,8 @@ func eachOf[T any](list []T, workers int, f func(T)) {
 // check compares one holding with the KV: its own entry is fine, a missing one is
 // written again, another session's supersedes the holding.
 func (r *Registry) check(ctx context.Context, h *holding) {
-	rec, err := r.presence.get(ctx, h.key())
-	if e, ok := entryOf(rec); err == nil && ok && e.Session == h.session && r.agrees(h, e) {
-		return
-	}
-	if rec, err = r.presence.getLeader(ctx, h.key()); err != nil {
+	rec, err := r.presence.getLeader(ctx, h.key())
+	if err != nil {
 		return // the next sweep tries again
 	}
 	e, ok := entryOf(rec)
@@ -166,34 +184,88 @@ func (r *Registry) watch(ctx context.Context, n bus.NodeID) {
 	r.mu.Unlock()
 }
 
-// lookAtNodes reads the leases of all nodes: it warns of settings that differ.
+// lookAtNodes reads the leases of all nodes. It warns of settings that differ, and
+// turns what dead nodes held into grace, if this node is the one to do that.
 func (r *Registry) lookAtNodes(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, decideTimeout)
 	defer cancel()
-	keys, err := r.nodes.keys(ctx)
+	alive, err := r.leases(ctx)
 	if err != nil {
 		return
 	}
-	for _, key := range keys {
-		r.mu.Lock()
-		_, seen := r.warned[bus.NodeID(key)]
-		r.mu.Unlock()
-		if !seen && key != string(r.bus.Node()) {
-			r.compareSettings(ctx, bus.NodeID(key))
+	me, first := r.bus.Node(), r.bus.Node()
+	for n, e := range alive {
+		first = min(first, n)
+		if _, known := r.known[n]; !known && n != me && e.Settings != r.settings() {
+			r.log.Warn("settings_differ", "node", string(n), "theirs", e.Settings, "ours", r.settings())
 		}
+	}
+	for n := range r.known {
+		if _, ok := alive[n]; !ok {
+			r.reapDue = true
+		}
+	}
+	r.known = alive
+	if r.reapDue && first == me && r.unbrokenFor() >= r.cfg.LeaseTTL {
+		r.reapDue = r.reap(ctx, alive) != nil
 	}
 }
 
-func (r *Registry) compareSettings(ctx context.Context, n bus.NodeID) {
-	rec, err := r.nodes.get(ctx, string(n))
-	var e nodeEntry
-	if err != nil || !rec.exists || json.Unmarshal(rec.value, &e) != nil {
-		return
+// leases lists the nodes that have one: a hint.
+func (r *Registry) leases(ctx context.Context) (map[bus.NodeID]nodeEntry, error) {
+	keys, err := r.nodes.keys(ctx)
+	if err != nil {
+		return nil, err
 	}
-	r.mu.Lock()
-	r.warned[n] = struct{}{}
-	r.mu.Unlock()
-	if e.Settings != r.settings() {
-		r.log.Warn("settings_differ", "node", string(n), "theirs", e.Settings, "ours", r.settings())
+	found, err := r.nodes.getMany(ctx, keys)
+	if err != nil {
+		return nil, err
 	}
+	alive := make(map[bus.NodeID]nodeEntry, len(found))
+	for key, rec := range found {
+		var e nodeEntry
+		if rec.exists && json.Unmarshal(rec.value, &e) == nil {
+			alive[bus.NodeID(key)] = e
+		}
+	}
+	return alive, nil
+}
+
+// reap turns the entries that dead nodes hold into grace, so that they end. Of
+// several nodes that try, the KV lets one succeed.
+func (r *Registry) reap(ctx context.Context, alive map[bus.NodeID]nodeEntry) error {
+	dead := make(map[bus.NodeID]bool)
+	type left struct {
+		key string
+		rev uint64
+		entry
+	}
+	var entries []left
+	err := r.presence.each(ctx, func(key string, rec record) {
+		e, ok := entryOf(rec)
+		if !ok || e.State != stateHeld {
+			return
+		}
+		if _, ok := alive[e.Node]; ok {
+			return
+		}
+		entries = append(entries, left{key, rec.revision, e})
+		dead[e.Node] = false
+	})
+	if err != nil {
+		return err
+	}
+	for n := range dead {
+		dead[n] = r.leaseGone(ctx, n)
+	}
+	eachOf(entries, sweepWorkers, func(l left) {
+		if !dead[l.Node] {
+			return
+		}
+		l.State = stateGrace
+		if _, err := r.presence.put(ctx, l.key, l.encode(), l.rev, r.cfg.Grace); err == nil {
+			r.log.Info("server_orphaned", "node", string(l.Node))
+		}
+	})
+	return nil
 }
