@@ -43,38 +43,48 @@ func (r *Registry) ClaimServer(serverID string, conn Conn, opts ...Option) error
 func (r *Registry) claim(h *holding) error {
 	limit := decideTimeout
 	if !h.opts.noProbe {
-		limit = r.cfg.ProbeTimeout + decideTimeout
+		limit = max(parkTimeout, r.cfg.ProbeTimeout+kvTimeout)
 	}
 	ctx, cancel := context.WithTimeout(h.opts.ctx, limit)
 	defer cancel()
 	value := r.entryFor(h, stateHeld).encode()
-	var before entry // what the write goes over
+	var before entry // what the write goes over, at revision rev
 	var rev uint64
-	for wait := retryWait; ; wait = min(2*wait, retryWaitMax) {
+	for {
 		newRev, err := r.presence.put(ctx, h.key(), value, rev, 0)
 		if err == nil {
 			r.claimed(h, before, newRev)
 			return nil
 		}
-		there, err2 := r.presence.getLeader(ctx, h.key())
-		if err2 == nil {
+		before, rev, err = r.replaceable(ctx, h)
+		switch {
+		case err != nil:
+			return err
+		case before.Session == h.session: // a write that we took for lost
+			r.claimed(h, before, rev)
+			return nil
+		}
+	}
+}
+
+// replaceable finds what h may be written over: nothing, an entry that may be
+// taken, or h's own from a write that seemed lost. It tries again while that cannot
+// be told, and returns ErrUndecided when that takes too long.
+func (r *Registry) replaceable(ctx context.Context, h *holding) (entry, uint64, error) {
+	start := time.Now()
+	for wait := retryWait; ; wait = min(2*wait, retryWaitMax) {
+		there, err := r.presence.getLeader(ctx, h.key())
+		if err == nil {
 			found, ok := entryOf(there)
-			if ok && found.Session == h.session {
-				r.claimed(h, before, there.revision) // a write that we took for lost
-				return nil
+			if ok && found.Session != h.session {
+				err = r.mayTake(ctx, h, found)
 			}
-			rev, before = there.revision, found
-			if ok {
-				if err := r.mayTake(ctx, h, found); err != nil {
-					return err
-				}
-			}
-			if errors.Is(err, errLost) {
-				continue
+			if err == nil || !errors.Is(err, ErrUndecided) {
+				return found, there.revision, err
 			}
 		}
-		if !pause(ctx, wait) {
-			return fmt.Errorf("%w: %w", ErrUndecided, errors.Join(err, err2))
+		if time.Since(start) >= parkTimeout || !pause(ctx, wait) {
+			return entry{}, 0, fmt.Errorf("%w: %w", ErrUndecided, err)
 		}
 	}
 }

@@ -57,6 +57,9 @@ const (
 	// decideTimeout bounds a claim without a probe, and a look-up: every upgrade is
 	// answered within 5 s.
 	decideTimeout = 4 * time.Second
+	// parkTimeout bounds a claim that is parked after its 101 for another reason than
+	// a probe under way.                               (protocol.md: Close codes)
+	parkTimeout = 10 * time.Second
 	// kvTimeout bounds one KV call, so that a slow replica leaves time for another.
 	kvTimeout = 1500 * time.Millisecond
 	// retryWait and retryWaitMax pace attempts that met an unknown outcome.
@@ -84,6 +87,9 @@ const (
 	sweepWorkers = 16
 	// maxGetMany is how many keys one read asks for: JetStream answers at most 1,024.
 	maxGetMany = 1000
+	// orphanFor is how long an entry that may have been left is looked for: a write
+	// that timed out may be committed once a new leader is there.
+	orphanFor = 30 * time.Second
 	// markerTTL is how long the KV keeps the marker of a key that ended.
 	markerTTL = time.Minute
 )

@@ -181,7 +181,7 @@ func (r *Registry) wrote(h *holding, state holdingState, rev uint64) {
 
 func (r *Registry) addOrphan(s bus.SessionID, serverID string) {
 	r.mu.Lock()
-	r.orphans[s] = orphan{serverID}
+	r.orphans[s] = orphan{serverID, time.Now().Add(orphanFor)}
 	r.mu.Unlock()
 	r.sweepSoon()
 }

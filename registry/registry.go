@@ -58,7 +58,10 @@ type Registry struct {
 
 // orphan is an entry to remove: a claim whose outcome was unknown, or a grace
 // that ended while the KV did not answer.
-type orphan struct{ serverID string }
+type orphan struct {
+	serverID string
+	until    time.Time // it is looked for
+}
 
 // New returns the registry of the node of b. It starts nothing.
 func New(b *bus.Bus, cfg Config, log *slog.Logger) *Registry {

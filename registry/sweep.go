@@ -126,10 +126,14 @@ func (r *Registry) removeOrphan(ctx context.Context, s bus.SessionID, o orphan) 
 	if err != nil {
 		return
 	}
-	if e, ok := entryOf(rec); ok && e.Session == s {
-		if err := r.presence.remove(ctx, bus.EncodeToken(o.serverID), rec.revision); errors.Is(err, errUnknown) {
-			return
-		}
+	e, ok := entryOf(rec)
+	if ok && e.Session == s {
+		err = r.presence.remove(ctx, bus.EncodeToken(o.serverID), rec.revision)
+	} else if time.Now().Before(o.until) {
+		return
+	}
+	if errors.Is(err, errUnknown) {
+		return
 	}
 	r.mu.Lock()
 	delete(r.orphans, s)
