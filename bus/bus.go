@@ -21,7 +21,7 @@ type Handler interface {
 	// may attach to the session it names. With grace the binary is away and no
 	// frame may come yet. The error is one of errors.go.
 	Open(l *Link) (recv Receiver, grace bool, err error)
-	// Ended tells, once for each link that was opened, that it has ended.
+	// Ended tells, once for each link that Open let in, that it has ended.
 	Ended(l *Link)
 	// Moved tells that l has lost its session and waits to be opened again.
 	Moved(l *Link)
@@ -42,6 +42,8 @@ type Bus struct {
 	log     *slog.Logger
 	handler Handler
 	sub     *nats.Subscription
+
+	dispatched chan struct{} // closed when dispatch has run for the last time
 
 	mu    sync.RWMutex
 	links map[linkKey]linkEntry
@@ -78,6 +80,7 @@ func New(conn *Conn, node NodeID, cfg Config, log *slog.Logger) *Bus {
 		timed: make(map[*Link]struct{}),
 		wake:  make(chan struct{}, 1),
 		ctx:   ctx, cancel: cancel,
+		dispatched: make(chan struct{}),
 	}
 }
 
@@ -109,31 +112,37 @@ func (b *Bus) Start(h Handler) error {
 	if err := sub.SetPendingLimits(subscriptionMessages, subscriptionBytes); err != nil {
 		return fmt.Errorf("subscribe for node %s: %w", b.node, err)
 	}
+	sub.SetClosedHandler(func(string) { close(b.dispatched) })
 	b.sub = sub
 	b.conn.onDisturbed(b.probeAll)
 	b.tasks.Go(b.pumpLoop)
 	return nil
 }
 
-// Close ends the bus: the subscription, the pump and whatever waits for a ping.
-// It does not close the NATS connection.
+// Close ends the bus: the subscription, the pump, whatever waits for a ping, and
+// every link that is left, with ErrLinkLost on this side. It sends what links
+// have to say before, and does not close the NATS connection.
 func (b *Bus) Close() {
-	b.cancel()
 	if b.sub != nil {
 		_ = b.sub.Unsubscribe() // fails only when the connection is closed
+		<-b.dispatched
 	}
+	b.cancel()
 	b.tasks.Wait()
+	for _, l := range b.linksTo(func(NodeID) bool { return true }) {
+		l.forget(ErrLinkLost)
+	}
 }
 
 // NewLink returns the phone's end of a link that is not bound yet: frames may
 // be queued, none goes out before Open succeeds.
 func (b *Bus) NewLink(serverID, connID string, recv Receiver) *Link {
-	return b.newLink(newLinkID(), phoneSide, serverID, connID, recv)
+	return b.newLink(phoneSide, serverID, connID, recv)
 }
 
-func (b *Bus) newLink(id LinkID, s side, serverID, connID string, recv Receiver) *Link {
+func (b *Bus) newLink(s side, serverID, connID string, recv Receiver) *Link {
 	l := &Link{
-		bus: b, id: id, side: s, recv: recv,
+		bus: b, side: s, recv: recv,
 		serverID: serverID, token: EncodeToken(serverID), connID: connID,
 		st: newLinkState(b.cfg),
 	}
@@ -144,104 +153,105 @@ func (b *Bus) newLink(id LinkID, s side, serverID, connID string, recv Receiver)
 // Open binds l to session on node and asks the holder there, which may be this
 // node. Errors: those of Handler.Open; ErrNoResponders; ErrClosed when l has
 // ended meanwhile; a context error when no answer came, and then the holder may
-// have accepted: it gives the link up by itself.
+// have accepted: it is told, or gives the link up by itself. After an error other
+// than ErrClosed l may be opened again.
 func (b *Bus) Open(ctx context.Context, l *Link, node NodeID, session SessionID) error {
 	l.mu.Lock()
 	if l.ended || l.bound {
 		l.mu.Unlock()
 		return ErrClosed
 	}
-	l.bindLocked(node, session, topicServer)
-	key := l.key()
+	l.bindLocked(newLinkID(), node, session, topicServer)
+	b.register(l.key(), l, node)
+	m := Message{
+		Kind: KindOpen, Link: l.id, Session: session,
+		Credit: l.st.granted, Payload: joinOpen(b.node, l.connID),
+	}
+	subject := l.subject
 	l.mu.Unlock()
-	b.register(key, l, node)
 
-	credit, grace, err := b.askToOpen(ctx, l, node, session)
-	if err != nil {
-		l.mu.Lock()
-		l.bound, l.peer, l.node = false, nil, ""
-		l.mu.Unlock()
-		b.unregister(key)
-		return err
+	answer, peer, err := b.askToOpen(ctx, l, subject, m)
+	if err == nil && answer.Kind == KindRefuse {
+		err = errorOf(answer.Reason, answer.Payload)
 	}
 	l.mu.Lock()
-	if !grace {
-		l.st.open(credit)
+	ended := l.ended
+	if err != nil {
+		l.unbindLocked()
+		l.mu.Unlock()
+		if ended {
+			return ErrClosed
+		}
+		return err
 	}
-	l.st.ackNow = true // tells the holder that this end knows
+	l.peer = peer
+	if answer.Reason != flagGrace {
+		l.st.open(answer.Credit)
+	}
+	l.st.confirm(l.missed)
 	l.mu.Unlock()
-	l.kick()
+	l.start()
+	if peer != nil {
+		peer.start()
+	}
+	if ended {
+		return ErrClosed
+	}
 	return nil
 }
 
-func (b *Bus) askToOpen(ctx context.Context, l *Link, node NodeID, session SessionID) (credit uint64, grace bool, err error) {
-	m := Message{Kind: KindOpen, Link: l.id, Session: session, Credit: uint64(b.cfg.Window), Payload: joinOpen(b.node, l.connID)} //nolint:gosec // positive
-	if node == b.node {
-		return openAnswer(b.accept(l.token, m, node, l))
+// askToOpen gets the answer to m, an OPEN for l: ACCEPT or REFUSE. peer is the
+// other end if it is on this node; the caller starts it.
+func (b *Bus) askToOpen(ctx context.Context, l *Link, subject string, m Message) (answer Message, peer *Link, err error) {
+	if l.Node() == b.node {
+		answer, peer = b.accept(l.token, m, b.node, l)
+		return answer, peer, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
-	answer, err := b.request(ctx, l.subject, m)
-	if err != nil {
-		return 0, false, err
+	answer, err = b.request(ctx, subject, m)
+	if err == nil && answer.Kind != KindAccept && answer.Kind != KindRefuse {
+		err = fmt.Errorf("%w: answer %s to OPEN", errMalformed, answer.Kind)
 	}
-	return openAnswer(answer)
-}
-
-func openAnswer(m Message) (credit uint64, grace bool, err error) {
-	switch m.Kind {
-	case KindAccept:
-		return m.Credit, m.Reason == flagGrace, nil
-	case KindRefuse:
-		return 0, false, errorOf(m.Reason, m.Payload)
+	if err != nil && !errors.Is(err, ErrNoResponders) {
+		m.Kind, m.Reason, m.Payload = KindReset, reasonLinkLost, nil
+		b.publish(subject, "", &m, nil) // if it is lost, the holder's PROBE finds nothing here
 	}
-	return 0, false, fmt.Errorf("%w: answer %s to OPEN", errMalformed, m.Kind)
+	return answer, nil, err
 }
 
 // accept answers an OPEN for the server-id of token, from a phone of node from.
-// other is the phone's end if that is this node.
-func (b *Bus) accept(token string, m Message, from NodeID, other *Link) Message {
-	refuse := func(err error) Message {
-		reason, payload := reasonOf(err)
-		return Message{Kind: KindRefuse, Reason: reason, Link: m.Link, Session: m.Session, Payload: payload}
-	}
+// other is the phone's end if that is this node. l is the binary's end, nil if
+// refused; the caller starts it when the phone's end has the answer.
+func (b *Bus) accept(token string, m Message, from NodeID, other *Link) (answer Message, l *Link) {
+	answer = Message{Kind: KindRefuse, Link: m.Link, Session: m.Session}
 	serverID, err := DecodeToken(token)
 	_, connID, ok := splitOpen(m.Payload)
 	if err != nil || !ok {
-		return refuse(ErrNoSession)
+		answer.Reason, _ = reasonOf(ErrNoSession)
+		return answer, nil
 	}
-	accepted := Message{Kind: KindAccept, Link: m.Link, Session: m.Session}
-	if l := b.find(linkKey{id: m.Link, session: m.Session, side: binarySide}); l != nil {
-		l.mu.Lock() // the answer to the first request was lost
-		defer l.mu.Unlock()
-		accepted.Credit = l.st.granted
-		return accepted
-	}
-	l := b.newLink(m.Link, binarySide, serverID, connID, nil)
-	l.bindLocked(from, m.Session, topicPhone)
+	l = b.newLink(binarySide, serverID, connID, nil)
+	l.bindLocked(m.Link, from, m.Session, topicPhone)
 	l.peer = other
-	if other != nil {
-		other.mu.Lock()
-		other.peer = l
-		other.mu.Unlock()
-	}
 	recv, grace, err := b.handler.Open(l)
 	if err != nil {
-		return refuse(err)
+		answer.Reason, answer.Payload = reasonOf(err)
+		return answer, nil
 	}
+	answer.Kind = KindAccept
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.recv = recv
 	l.st.open(m.Credit)
 	if grace {
 		l.st.granted, l.st.window = 0, 0
-		accepted.Reason = flagGrace
+		answer.Reason = flagGrace
 	}
-	accepted.Credit = l.st.granted
-	l.st.awaitConfirm(time.Now())
+	answer.Credit = l.st.granted
+	l.st.await(time.Now()) // for the first message of the phone's end
 	b.register(l.key(), l, from)
-	l.watchLocked()
-	return accepted
+	return answer, l
 }
 
 // Hello asks whether node is there: nil, ErrNoResponders, or a context error.
@@ -335,11 +345,11 @@ func (b *Bus) register(k linkKey, l *Link, node NodeID) {
 	}
 }
 
-func (b *Bus) unregister(k linkKey) {
+func (b *Bus) unregister(k linkKey, l *Link) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	e, ok := b.links[k]
-	if !ok {
+	e := b.links[k]
+	if e.link != l {
 		return
 	}
 	delete(b.links, k)
@@ -356,7 +366,7 @@ func (b *Bus) remove(l *Link) {
 	l.mu.Lock()
 	k := l.key()
 	l.mu.Unlock()
-	b.unregister(k)
+	b.unregister(k, l)
 }
 
 // probeAll makes every link to another node ask where its other end is. It runs

@@ -16,6 +16,11 @@ const (
 	// ackDelay, so that a healthy link is never asked.
 	probeInterval = time.Second
 
+	// idleAsks is how often an idle link asks, probeInterval apart, whether its other
+	// end is still there after the NATS connection was lost: the new connection's
+	// interest may take a moment to be known everywhere.
+	idleAsks = 3
+
 	// tickInterval is how often links that wait for something are looked at. An
 	// idle link waits for nothing and is not looked at.
 	tickInterval = 20 * time.Millisecond

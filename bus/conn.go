@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/url"
 	"os"
 	"strconv"
 	"strings"
@@ -46,17 +47,23 @@ type Conn struct {
 // that cannot work.
 func Dial(cfg ConnConfig, node NodeID, log *slog.Logger) (*Conn, error) {
 	c, log := &Conn{}, EventLogger(log)
+	if cfg.Creds != "" {
+		if _, err := os.Stat(cfg.Creds); err != nil { // NATS would look for it at each attempt, and not tell
+			return nil, fmt.Errorf("NATS credential: %w", err)
+		}
+	}
 	opts := c.options(node, log)
-	url := cfg.URL
+	servers := cfg.URL
 	if cfg.URL == "" {
 		if err := c.embed(cfg, log); err != nil {
+			c.Close()
 			return nil, err
 		}
-		url = c.srv.ClientURL()
+		servers = c.srv.ClientURL()
 		opts = append(opts, nats.InProcessServer(c.srv))
 	}
 	opts = append(opts, credentials(cfg)...)
-	nc, err := nats.Connect(url, opts...)
+	nc, err := nats.Connect(servers, opts...)
 	if err != nil {
 		c.Close()
 		return nil, fmt.Errorf("connect to NATS: %w", redact(err))
@@ -75,6 +82,7 @@ func (c *Conn) options(node NodeID, log *slog.Logger) []nats.Option {
 		nats.CustomInboxPrefix(inboxPrefix + string(node)),
 		nats.RetryOnFailedConnect(true),
 		nats.MaxReconnects(-1),
+		nats.IgnoreAuthErrorAbort(), // a credential may be renewed or allowed later
 		nats.ReconnectWait(reconnectWait),
 		nats.ReconnectJitter(reconnectJitter, reconnectJitter),
 		nats.PingInterval(natsPingInterval),
@@ -131,7 +139,6 @@ func (c *Conn) embed(cfg ConnConfig, log *slog.Logger) error {
 	srv.SetLoggerV2(natsLog{log}, false, false, false)
 	srv.Start()
 	if !srv.ReadyForConnections(embeddedReady) {
-		c.Close()
 		return errors.New("embedded NATS server: not ready in time; is a port of its configuration taken?")
 	}
 	return nil
@@ -264,18 +271,29 @@ func (c *Conn) tellDisturbed() {
 	}
 }
 
-// redact keeps what an error says and leaves out what a URL in it may hold: a
-// password.
+// redact keeps what an error says and leaves out what may hold a password: from
+// the start of the first URL, or of what stands before an @ without one, to the
+// end of the word of the last @; and all of an error about the form of a URL.
 func redact(err error) error {
-	text := err.Error()
-	fields := strings.Fields(text)
-	for i, f := range fields {
-		if strings.Contains(f, "://") && strings.Contains(f, "@") {
-			fields[i] = "(url)"
-		}
+	if e := (*url.Error)(nil); errors.As(err, &e) {
+		return errors.New("malformed URL; in a user name or password, write characters other than letters and digits as %XX")
 	}
-	return errors.New(strings.Join(fields, " "))
+	text := err.Error()
+	end := strings.LastIndexByte(text, '@')
+	if end < 0 {
+		return errors.New(text)
+	}
+	start := strings.LastIndexAny(text[:strings.IndexByte(text, '@')], spaces) + 1
+	if i := strings.Index(text, "://"); i >= 0 {
+		start = min(start, strings.LastIndexAny(text[:i], spaces)+1)
+	}
+	if i := strings.IndexAny(text[end:], spaces); i >= 0 {
+		return errors.New(text[:start] + "(url)" + text[end+i:])
+	}
+	return errors.New(text[:start] + "(url)")
 }
+
+const spaces = " \t\r\n"
 
 // natsLog passes the embedded server's warnings and errors on.
 type natsLog struct{ log *slog.Logger }

@@ -45,22 +45,24 @@ func (b *Bus) handleOpen(token string, m Message, replyTo string) {
 		b.malformed.Add(1)
 		return
 	}
-	b.reply(replyTo, b.accept(token, m, from, nil))
+	answer, l := b.accept(token, m, from, nil)
+	b.reply(replyTo, answer)
+	if l != nil {
+		l.start()
+	}
 }
 
 // handleLink passes a message to its link. PROBE, CLOSE and RESET for a link that
 // is not here are answered, so that the other end does not wait for nothing: with
 // RESET, or with ACK if it was one, so that this ends.
 func (b *Bus) handleLink(s side, token string, m Message, replyTo string) {
-	if m.Kind == KindReset {
-		b.reply(replyTo, Message{Kind: KindAck, Link: m.Link, Session: m.Session})
-	}
 	l := b.find(linkKey{id: m.Link, session: m.Session, side: s})
-	if l != nil && l.token == token {
-		l.handle(m)
-		return
-	}
-	if m.Kind == KindProbe || m.Kind == KindClose {
+	known := l != nil && l.token == token
+	taken := known && l.handle(m)
+	switch {
+	case m.Kind == KindReset && (taken || !known):
+		b.reply(replyTo, Message{Kind: KindAck, Reason: flagReset, Link: m.Link, Session: m.Session})
+	case (m.Kind == KindProbe || m.Kind == KindClose) && !known:
 		b.reply(replyTo, Message{Kind: KindReset, Reason: reasonLinkLost, Link: m.Link, Session: m.Session})
 	}
 }
@@ -148,7 +150,10 @@ func (b *Bus) pumpLoop() {
 	for {
 		select {
 		case <-b.ctx.Done():
-			b.publishReplies()
+			for more := true; more; {
+				b.publishReplies()
+				more = b.runReady()
+			}
 			return
 		case <-b.wake:
 			b.publishReplies()
@@ -179,8 +184,9 @@ func (b *Bus) publishReplies() {
 	}
 }
 
-// runReady gives every link that has something to say one turn.
-func (b *Bus) runReady() {
+// runReady gives every link that has something to say one turn, and reports
+// whether there was one.
+func (b *Bus) runReady() bool {
 	b.pumpMu.Lock()
 	ready := b.ready
 	b.ready = nil
@@ -193,6 +199,7 @@ func (b *Bus) runReady() {
 			l.kick()
 		}
 	}
+	return len(ready) > 0
 }
 
 func (b *Bus) tickTimed(now time.Time) {

@@ -16,14 +16,15 @@ import (
 //	both   ACK, when no DATA goes back soon enough to carry it
 //	both   PROBE, when DATA or CLOSE stays unacknowledged; answered by ACK
 //	both   CLOSE, numbered like DATA, so that it overtakes none
-//	both   RESET, when the link cannot go on; answered by ACK, repeated until then
+//	both   RESET, when the link cannot go on; answered by ACK with flagReset,
+//	       repeated until then
 //
 // Every message starts with this header, big endian:
 //
 //	 0  version   u8   version
 //	 1  kind      u8   Kind
-//	 2  reason    u8   Reason, in REFUSE, CLOSE and RESET; flags in OPEN and ACCEPT
-//	 3  link      u64  LinkID, chosen by A
+//	 2  reason    u8   Reason, in REFUSE, CLOSE and RESET; flags in ACCEPT and ACK
+//	 3  link      u64  LinkID, chosen by A anew for each OPEN
 //	11  session   16 B SessionID of the binary connection the link is bound to
 //	27  seq       u64  DATA, CLOSE: number. PROBE: highest number sent. ACK: the
 //	                   lowest number missing, when a gap was seen, else 0
@@ -77,8 +78,12 @@ func (k Kind) String() string {
 	return fmt.Sprintf("Kind(%d)", uint8(k))
 }
 
-// flagGrace in ACCEPT: the binary is away, credit comes when it returns.
-const flagGrace Reason = 0x80
+const (
+	// flagGrace in ACCEPT: the binary is away, no frame may come yet.
+	flagGrace Reason = 0x80
+	// flagReset in ACK: it answers a RESET.
+	flagReset Reason = 0x80
+)
 
 // Reason is an error as one byte. Numbers are part of the protocol.
 type Reason uint8
@@ -189,7 +194,7 @@ func decode(p []byte) (Message, error) {
 // joinOpen is the payload of an OPEN from node.
 func joinOpen(node NodeID, connID string) []byte {
 	p := make([]byte, 0, 1+len(node)+len(connID))
-	p = append(p, byte(len(node))) //nolint:gosec // NewNodeID: at most 64*3+9
+	p = append(p, byte(len(node))) //nolint:gosec // NewNodeID: at most 3*maxGatewayID+9
 	p = append(p, node...)
 	return append(p, connID...)
 }

@@ -12,15 +12,20 @@ import (
 // token is 384 bytes, far below NATS' 4 KiB control line.
 const MaxServerID = 128
 
+// maxGatewayID is how many bytes of a gateway id a node id keeps: with every one
+// escaped, the length of a node id fits a byte (joinOpen).
+const maxGatewayID = 64
+
 // NodeID names one running relay process: <gateway-id>-<8 hex>, fresh at every
 // start and never reused. It is safe as one subject token and as a KV key.
 type NodeID string
 
-// NewNodeID returns a fresh id for a process of the gateway called gatewayID.
+// NewNodeID returns a fresh id for a process of the gateway called gatewayID, of
+// which it keeps the first 64 bytes.
 func NewNodeID(gatewayID string) NodeID {
 	var b [4]byte
 	random(b[:])
-	return NodeID(EncodeToken(gatewayID) + "-" + hex.EncodeToString(b[:]))
+	return NodeID(EncodeToken(gatewayID[:min(len(gatewayID), maxGatewayID)]) + "-" + hex.EncodeToString(b[:]))
 }
 
 // SessionID names one binary connection. It is the fencing token: whatever
@@ -43,9 +48,11 @@ func (s *SessionID) UnmarshalText(p []byte) error {
 	if len(p) != hex.EncodedLen(len(s)) {
 		return fmt.Errorf("session id of %d characters, want %d", len(p), hex.EncodedLen(len(s)))
 	}
-	if _, err := hex.Decode(s[:], p); err != nil {
+	var id SessionID
+	if _, err := hex.Decode(id[:], p); err != nil {
 		return fmt.Errorf("session id is not hex")
 	}
+	*s = id
 	return nil
 }
 

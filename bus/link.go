@@ -11,7 +11,9 @@ import (
 // dispatch goroutine or on the other end's.
 type Receiver interface {
 	// Deliver takes one frame, exactly once and in order. p belongs to the
-	// receiver, which calls l.Consumed(len(p)) when its socket has taken it.
+	// receiver, which must not change it, and which calls l.Consumed(len(p)) when
+	// its socket has taken it. One that was under way when this side closed the
+	// link may still come after Close has returned.
 	Deliver(l *Link, p []byte)
 	// End tells that the link has ended, after its last frame. err is one of the
 	// errors of errors.go or a CodeError. It is called at most once, and not when
@@ -40,30 +42,33 @@ type linkKey struct {
 // be opened again (Bus.Open), every other one ends. All methods may be called
 // concurrently.
 type Link struct {
-	// Static after construction.
+	// Static after construction; recv of a binary's end after Handler.Open.
 	bus      *Bus
-	id       LinkID
 	side     side
 	serverID string
 	token    string
 	connID   string
+	recv     Receiver
 
 	// Guarded by mu. Lock order: Link.mu before Bus.mu and Bus.pumpMu; never two
 	// links' mu at once.
-	mu       sync.Mutex
-	writable sync.Cond // outstanding fell, or ended
-	st       linkState
-	recv     Receiver
-	bound    bool // node, session and the rest of the path are set
-	node     NodeID
-	session  SessionID
-	subject  string
-	peer     *Link // the other end, if it is on this node
-	closed   bool  // by this side
-	ended    bool  // closed, or the other side's end has been told
-	running  bool  // a goroutine is in run
-	queued   bool  // in Bus.ready
-	timed    bool  // in Bus.timed
+	mu         sync.Mutex
+	writable   sync.Cond // outstanding fell, or ended
+	st         linkState
+	bound      bool // id, node, session and the rest of the path are set
+	id         LinkID
+	node       NodeID
+	session    SessionID
+	subject    string
+	peer       *Link // the other end, if it is on this node
+	opening    bool  // Bus.Open is under way: nothing is sent, and the phone's end takes nothing
+	missed     bool  // something came meanwhile
+	ended      bool  // closed by this side, or failed, or by the other side
+	delivering bool  // the receiver is in Deliver
+	failed     error // what to tell the receiver after that
+	running    bool  // a goroutine is in run
+	queued     bool  // in Bus.ready
+	timed      bool  // in Bus.timed
 }
 
 // ServerID is the server-id that the link belongs to.
@@ -79,7 +84,7 @@ func (l *Link) Node() NodeID {
 	return l.node
 }
 
-// Session is the session that the link is bound to.
+// Session is the session that the link is bound to; zero while it is not.
 func (l *Link) Session() SessionID {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -91,7 +96,7 @@ func (l *Link) Session() SessionID {
 // to the link from then on. It returns ErrClosed when the link has ended.
 func (l *Link) Send(buf []byte) error {
 	l.mu.Lock()
-	for !l.ended && l.st.outstanding() >= l.st.window {
+	for !l.ended && l.st.full() {
 		l.writable.Wait()
 	}
 	if l.ended {
@@ -126,11 +131,13 @@ func (l *Link) Offer(buf []byte) error {
 	return nil
 }
 
-// Consumed tells that the socket has taken a frame of n bytes.
+// Consumed tells that the socket has taken a frame of n bytes. It does nothing
+// once the link has ended.
 func (l *Link) Consumed(n int) {
 	l.mu.Lock()
-	l.st.consume(frameCost(n))
-	due := l.st.ackNow && l.bound
+	l.st.consume(frameCost(n), time.Now())
+	due := l.st.ackNow
+	l.watchLocked()
 	l.mu.Unlock()
 	if due {
 		l.kick()
@@ -150,97 +157,131 @@ func (l *Link) close(err error, urgent bool) {
 		l.mu.Unlock()
 		return
 	}
-	l.closed, l.ended = true, true
-	l.st.close(err, urgent)
-	bound := l.bound
-	l.writable.Broadcast()
-	l.mu.Unlock()
-	l.bus.handler.Ended(l)
-	if bound {
-		l.kick()
+	l.endLocked()
+	if l.bound {
+		l.st.close(err, urgent)
+	} else {
+		l.st.forget()
 	}
+	l.mu.Unlock()
+	l.tellHandler()
+	l.kick()
 }
 
 // Fail ends the link on this side with err, tells the receiver, and resets the
 // other side.
 func (l *Link) Fail(err error) {
-	l.mu.Lock()
-	l.st.lose(err, time.Now())
-	l.st.resetDone = l.st.resetDone || !l.bound
-	tell := !l.ended
-	l.ended = true
-	recv := l.recv
-	l.writable.Broadcast()
-	l.mu.Unlock()
-	if tell {
-		l.tellEnd(recv, err)
-	}
+	l.fail(err, func() {
+		if l.bound {
+			l.st.lose(err, time.Now())
+		} else {
+			l.st.forget()
+		}
+	})
 	l.kick()
 }
 
 // forget ends the link on this side because the other node is dead.
 func (l *Link) forget(err error) {
-	l.mu.Lock()
-	l.st.lose(err, time.Now())
-	l.st.resetDone = true
-	tell := !l.ended
-	l.ended = true
-	recv := l.recv
-	l.writable.Broadcast()
-	l.mu.Unlock()
-	if tell {
-		l.tellEnd(recv, err)
-	}
+	l.fail(err, l.st.forget)
 	l.bus.remove(l)
 }
 
-func (l *Link) tellEnd(recv Receiver, err error) {
-	if recv != nil {
-		recv.End(l, err)
+// fail does change to the state, under l.mu, and ends the link. The receiver is
+// told now, or by the goroutine that is in its Deliver when that has returned.
+func (l *Link) fail(err error, change func()) {
+	l.mu.Lock()
+	change()
+	tell := !l.ended
+	l.endLocked()
+	if tell && l.delivering {
+		l.failed, tell = err, false
 	}
-	l.bus.handler.Ended(l)
+	l.mu.Unlock()
+	if tell {
+		l.tellEnd(err)
+	}
 }
 
-// handle takes one message of the other end. Calls come one at a time.
-func (l *Link) handle(m Message) {
+// endLocked marks the end and wakes who waits for credit. l.mu is held.
+func (l *Link) endLocked() {
+	l.ended = true
+	l.writable.Broadcast()
+}
+
+func (l *Link) tellEnd(err error) {
+	l.recv.End(l, err)
+	l.tellHandler()
+}
+
+func (l *Link) tellHandler() {
+	if l.side == binarySide {
+		l.bus.handler.Ended(l)
+	}
+}
+
+// handle takes one message of the other end. Calls come one at a time. It returns
+// false when the link takes none now; the message is sent again.
+func (l *Link) handle(m Message) bool {
 	l.mu.Lock()
-	if !l.bound || m.Session != l.session {
+	switch {
+	case !l.bound || m.Session != l.session || m.Link != l.id:
 		l.mu.Unlock()
-		return
+		return false
+	case l.opening && l.side == phoneSide:
+		l.missed = true // the other end was told to start before this one
+		l.mu.Unlock()
+		return false
 	}
 	deliver, end := l.st.receive(m, time.Now())
-	if errors.Is(end, ErrMoved) && l.side == phoneSide && !l.ended && l.st.maySwitch() {
-		tellPeer := l.unbindLocked()
+	switch {
+	case errors.Is(end, errViolation):
+		l.mu.Unlock()
+		l.Fail(ErrLinkLost)
+		return true
+	case errors.Is(end, ErrMoved) && l.side == phoneSide && !l.ended && l.st.maySwitch():
+		tellPeer := l.leaveLocked()
 		l.mu.Unlock()
 		tellPeer()
 		l.bus.handler.Moved(l)
-		return
-	}
-	if errors.Is(end, errViolation) {
-		l.mu.Unlock()
-		l.Fail(ErrLinkLost)
-		return
+		return true
 	}
 	silent := l.ended
-	l.ended = l.ended || end != nil
-	recv := l.recv
+	if end != nil {
+		l.endLocked()
+	}
+	l.delivering = deliver != nil && !silent
 	l.writable.Broadcast()
 	l.mu.Unlock()
 	switch {
-	case silent && deliver != nil:
+	case deliver != nil && silent:
 		l.Consumed(len(deliver)) // nobody is there to take it
 	case deliver != nil:
-		recv.Deliver(l, deliver)
+		l.recv.Deliver(l, deliver)
+		l.delivered()
 	case end != nil && !silent:
-		l.tellEnd(recv, end)
+		l.tellEnd(end)
 	}
 	l.kick()
+	return true
+}
+
+// delivered says that the receiver has returned from Deliver.
+func (l *Link) delivered() {
+	l.mu.Lock()
+	l.delivering = false
+	err := l.failed
+	l.failed = nil
+	l.mu.Unlock()
+	if err != nil {
+		l.tellEnd(err)
+	}
 }
 
 // kick makes what the link has to say go out.
 func (l *Link) kick() {
 	l.mu.Lock()
-	local := l.peer != nil
+	local := l.node == l.bus.node
 	if !local && l.bound && !l.queued {
 		l.queued = true
 		l.bus.enqueue(l)
@@ -256,7 +297,7 @@ func (l *Link) kick() {
 // goroutine at a time is in it: another one's news is seen by the first.
 func (l *Link) run(budget int) (more bool) {
 	l.mu.Lock()
-	if l.running || !l.bound {
+	if l.running || l.opening {
 		l.mu.Unlock()
 		return false
 	}
@@ -276,6 +317,9 @@ func (l *Link) run(budget int) (more bool) {
 			l.bus.publish(subject, l.replyTo(m.Kind), &m, buf)
 		}
 		l.mu.Lock()
+		if peer != nil && m.Kind == KindReset {
+			l.st.resetDone = true // nothing is lost on the way, so it needs no answer
+		}
 		if sent += Headroom + len(m.Payload); budget > 0 && sent >= budget {
 			more = true
 			break
@@ -301,6 +345,15 @@ func (l *Link) watchLocked() {
 	}
 }
 
+// start ends opening.
+func (l *Link) start() {
+	l.mu.Lock()
+	l.opening = false
+	l.watchLocked()
+	l.mu.Unlock()
+	l.kick()
+}
+
 // tick looks at the clock for the link, and no more once it means nothing to it.
 func (l *Link) tick(now time.Time) {
 	l.mu.Lock()
@@ -311,11 +364,14 @@ func (l *Link) tick(now time.Time) {
 		l.mu.Unlock()
 		return
 	}
+	due := l.st.due(now)
 	l.mu.Unlock()
-	if err != nil {
+	switch {
+	case err != nil:
 		l.Fail(err)
+	case due:
+		l.kick()
 	}
-	l.kick()
 }
 
 // probe makes the link ask where the other end is, after the path was disturbed.
@@ -326,27 +382,39 @@ func (l *Link) probe(now time.Time) {
 	l.kick()
 }
 
-// bindLocked ties the link to a session on a node. l.mu is held.
-func (l *Link) bindLocked(node NodeID, session SessionID, t topic) {
-	l.node, l.session, l.bound = node, session, true
+// bindLocked ties the link to a session on a node, by way of t there. l.mu is held.
+func (l *Link) bindLocked(id LinkID, node NodeID, session SessionID, t topic) {
+	l.id, l.node, l.session = id, node, session
+	l.bound, l.opening, l.missed = true, true, false
 	l.subject = tokenSubject(node, t, l.token)
 }
 
-// unbindLocked takes a link that has carried nothing off its session. The caller
+// unbindLocked is the reverse of bindLocked. l.mu is held.
+func (l *Link) unbindLocked() {
+	l.bus.unregister(l.key(), l)
+	l.id, l.node, l.session = 0, "", SessionID{}
+	l.bound, l.opening = false, false
+	l.subject, l.peer = "", nil
+	if l.ended {
+		l.st.forget()
+	}
+}
+
+// leaveLocked takes a link that has carried nothing off its session. The caller
 // runs tellPeer, which acknowledges the other end's CLOSE, without l.mu.
-func (l *Link) unbindLocked() (tellPeer func()) {
+func (l *Link) leaveLocked() (tellPeer func()) {
 	ack := l.st.stamp(Message{Kind: KindAck})
 	ack.Link, ack.Session = l.id, l.session
 	peer, subject := l.peer, l.subject
-	l.bus.unregister(l.key())
 	l.st.rebind(l.bus.cfg)
-	l.bound, l.peer, l.node = false, nil, ""
+	l.unbindLocked()
 	if peer != nil {
 		return func() { peer.handle(ack) }
 	}
 	return func() { l.bus.reply(subject, ack) }
 }
 
+// key is where Bus.links has the link. l.mu is held.
 func (l *Link) key() linkKey { return linkKey{id: l.id, session: l.session, side: l.side} }
 
 // replyTo is where an answer to a message finds this end even if the link is

@@ -1,8 +1,6 @@
 package bus
 
-import (
-	"time"
-)
+import "time"
 
 // linkState is one end of a link as a pure state machine: no goroutine, no
 // clock, no NATS. Messages, ticks and what the socket did go in; next says what
@@ -28,14 +26,16 @@ type linkState struct {
 	maxSent  uint64     // the highest number ever sent
 	accepted uint64     // bytes given to send
 	offset   uint64     // bytes of everything up to sendNext-1
+	sent     uint64     // bytes of everything up to maxSent
 	base     uint64     // the first credit: what it grew by since has been consumed
 	credit   uint64     // how far offset may grow
 	closing  bool       // a CLOSE is in out; nothing follows it
 
 	// Waiting for an answer, or for credit at all.
 	heldSince    time.Time // since when a first frame waits for a binary that is away
-	waitingSince time.Time // since when something is unacknowledged without progress; zero: nothing is
+	waitingSince time.Time // since when an answer is owed without progress: DATA or CLOSE is unacknowledged, or a frame or Send waits for more credit; zero: none is
 	nextProbe    time.Time
+	asks         int // how many more times an idle end asks whether the other one is there
 
 	// Receiving.
 	received  uint64 // every number up to here has arrived
@@ -82,7 +82,13 @@ func newLinkState(cfg Config) linkState {
 // outstanding is how many bytes have been given to send and not been consumed at
 // the other end, as far as its credit tells.
 func (s *linkState) outstanding() uint64 {
-	return s.accepted - min(s.credit-s.base, s.accepted)
+	return s.accepted - (s.credit - s.base) // receive refuses credit for more than was sent
+}
+
+// full reports whether a window's worth is outstanding.
+func (s *linkState) full() bool {
+	n := s.outstanding()
+	return n >= s.window && n > 0
 }
 
 // send queues one frame. buf belongs to the link from now on.
@@ -115,20 +121,38 @@ func (s *linkState) close(err error, urgent bool) {
 	s.closing = true
 }
 
-// lose ends the link from this side because it cannot go on.
+// lose ends the link from this side because it cannot go on. It does nothing to
+// one that has ended on both sides.
 func (s *linkState) lose(err error, now time.Time) {
-	if s.reset {
+	if s.reset || s.done() {
 		return
 	}
 	s.reset, s.resetCause, s.nextProbe, s.resetsLeft = true, err, now, resetTries
 	s.out = nil
 }
 
-// consume says that the socket has taken n frame bytes (with overhead).
-func (s *linkState) consume(n uint64) {
+// forget ends the link without a word to the other side.
+func (s *linkState) forget() {
+	s.reset, s.resetDone, s.out = true, true, nil
+}
+
+// consume says that the socket has taken n frame bytes (with overhead). The other
+// end is told at each quarter of the window, and when there is nothing left: its
+// own window may be smaller than that quarter.
+func (s *linkState) consume(n uint64, now time.Time) {
 	s.consumed += n
-	if s.consumed+s.window >= s.granted+s.window/4 {
+	switch {
+	case s.reset || s.remoteEnd:
+	case s.consumed+s.window >= s.granted+s.window/4:
 		s.ackNow = true
+	case s.consumed == s.taken:
+		s.ackSoon(now)
+	}
+}
+
+func (s *linkState) ackSoon(now time.Time) {
+	if s.ackAt.IsZero() {
+		s.ackAt = now.Add(ackDelay)
 	}
 }
 
@@ -149,7 +173,18 @@ func (s *linkState) tick(now time.Time) error {
 
 // idle reports whether the clock means nothing to this end.
 func (s *linkState) idle() bool {
-	return s.waitingSince.IsZero() && s.heldSince.IsZero() && s.ackAt.IsZero() && !s.ackNow && (!s.reset || s.resetDone)
+	if s.reset {
+		return s.resetDone
+	}
+	return s.waitingSince.IsZero() && s.heldSince.IsZero() && s.ackAt.IsZero() && !s.ackNow && s.asks == 0
+}
+
+// due reports whether next has something to say because of the time.
+func (s *linkState) due(now time.Time) bool {
+	if s.reset {
+		return !s.resetDone && !now.Before(s.nextProbe)
+	}
+	return s.probeDue(now) || s.ackDue(now)
 }
 
 // done reports whether this end has nothing left to say or to hear.
@@ -177,9 +212,20 @@ func (s *linkState) open(credit uint64) {
 	s.base, s.credit, s.heldSince = credit, max(s.credit, credit), time.Time{}
 }
 
-// awaitConfirm starts the clock before the first message of the other side.
-func (s *linkState) awaitConfirm(now time.Time) {
-	s.waitingSince, s.nextProbe = now, now.Add(probeInterval)
+// confirm tells the holder that this end knows of its ACCEPT. missed says that
+// messages came before it and were not taken.
+func (s *linkState) confirm(missed bool) {
+	s.ackNow = true
+	if missed {
+		s.gap, s.gapTold = true, false
+	}
+}
+
+// await starts the clock: the other side owes a message.
+func (s *linkState) await(now time.Time) {
+	if s.waitingSince.IsZero() {
+		s.waitingSince, s.nextProbe = now, now.Add(probeInterval)
+	}
 }
 
 // retransmit goes back to the first unacknowledged number.
@@ -190,29 +236,40 @@ func (s *linkState) retransmit() {
 	}
 }
 
-// probe makes the next tick ask at once, after the path was disturbed.
+// probeNow makes this end ask at once, after the path was disturbed. An idle end
+// has nothing to lose: it asks a few times, to find out whether it is the only
+// end left, and no answer means nothing.
 func (s *linkState) probeNow(now time.Time) {
-	if !s.waitingSince.IsZero() {
-		s.nextProbe = now
+	s.nextProbe = now
+	if s.waitingSince.IsZero() {
+		s.asks = idleAsks
 	}
 }
 
-// next returns the next message to send. It is called until ok is false. The
-// payload of a DATA message has Headroom bytes in front (Message.buf).
+// next returns the next message to send. It is called until ok is false. buf, if
+// not nil, is the payload with Headroom bytes in front.
 func (s *linkState) next(now time.Time) (m Message, buf []byte, ok bool) {
-	if s.reset {
+	switch {
+	case s.reset:
 		return s.nextReset(now)
-	}
-	if i := s.sendNext - s.acked - 1; s.sendNext <= s.lastSeq {
-		if o := s.out[i]; o.close || s.offset < s.credit {
+	case s.remoteEnd: // nobody is left there to take anything
+	case s.sendNext <= s.lastSeq:
+		o := s.out[s.sendNext-s.acked-1]
+		if o.close || s.offset < s.credit {
 			return s.nextNumbered(o, now), o.buf, true
 		}
+		if s.credit > 0 {
+			s.await(now) // the message that raises the credit may be lost
+		}
+	case s.full():
+		s.await(now) // for the same reason
 	}
-	if s.waitingToProbe(now) {
+	switch {
+	case s.probeDue(now):
 		s.nextProbe = now.Add(probeInterval)
+		s.asks = max(0, s.asks-1)
 		return s.stamp(Message{Kind: KindProbe, Seq: s.maxSent}), nil, true
-	}
-	if s.ackNow || !s.ackAt.IsZero() && !now.Before(s.ackAt) {
+	case s.ackDue(now):
 		m := Message{Kind: KindAck}
 		if s.gap && !s.gapTold {
 			s.gapTold = true
@@ -230,15 +287,17 @@ func (s *linkState) nextNumbered(o outbound, now time.Time) Message {
 	}
 	s.offset += o.cost()
 	s.sendNext++
-	s.maxSent = max(s.maxSent, m.Seq)
-	if s.waitingSince.IsZero() {
-		s.waitingSince, s.nextProbe = now, now.Add(probeInterval)
-	}
+	s.maxSent, s.sent = max(s.maxSent, m.Seq), max(s.sent, s.offset)
+	s.await(now)
 	return s.stamp(m)
 }
 
-func (s *linkState) waitingToProbe(now time.Time) bool {
-	return !s.waitingSince.IsZero() && !now.Before(s.nextProbe)
+func (s *linkState) probeDue(now time.Time) bool {
+	return (!s.waitingSince.IsZero() || s.asks > 0) && !s.remoteEnd && !now.Before(s.nextProbe)
+}
+
+func (s *linkState) ackDue(now time.Time) bool {
+	return s.ackNow || !s.ackAt.IsZero() && !now.Before(s.ackAt)
 }
 
 func (s *linkState) nextReset(now time.Time) (Message, []byte, bool) {
@@ -269,22 +328,23 @@ func (s *linkState) stamp(m Message) Message {
 // and the caller resets the link.
 func (s *linkState) receive(m Message, now time.Time) (deliver []byte, end error) {
 	if s.reset {
-		if m.Kind == KindAck || m.Kind == KindReset {
+		if m.Kind == KindReset || m.Kind == KindAck && m.Reason == flagReset {
 			s.resetDone = true
 		}
 		return nil, nil
 	}
 	switch m.Kind {
 	case KindReset:
-		s.reset, s.resetDone, s.out = true, true, nil
+		s.forget()
 		return nil, errorOf(m.Reason, m.Payload)
 	case KindData, KindClose, KindAck, KindProbe:
 	default:
 		return nil, errViolation
 	}
-	if m.Ack > s.maxSent {
-		return nil, errViolation
+	if m.Ack > s.maxSent || m.Credit > s.credit && m.Credit-s.base > s.sent {
+		return nil, errViolation // for what was never sent
 	}
+	s.asks = 0
 	s.acknowledge(m.Ack, now)
 	s.credit = max(s.credit, m.Credit)
 	switch m.Kind {
@@ -326,8 +386,8 @@ func (s *linkState) receiveNumbered(m Message, now time.Time) (deliver []byte, e
 	s.taken += frameCost(len(m.Payload))
 	if s.taken-s.reported >= s.window/4 {
 		s.ackNow = true
-	} else if s.ackAt.IsZero() {
-		s.ackAt = now.Add(ackDelay)
+	} else {
+		s.ackSoon(now)
 	}
 	return m.Payload, nil
 }

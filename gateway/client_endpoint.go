@@ -84,13 +84,15 @@ func (p *phone) serve() {
 		p.refuse()
 		return
 	}
-	log := p.g.log.With("server_id", logServerID(p.serverID), "conn_id", logConnID(p.id))
-	log.Info("phone_registered", "device_name", p.device, "remote", p.addr)
+	p.g.phones.Add(1)
+	serverID, connID := logServerID(p.serverID), logConnID(p.id)
+	p.g.log.Info("phone_registered", "server_id", serverID, "conn_id", connID, "device_name", p.device, "remote", p.addr)
 	err := p.readMessages(p.handle)
 	code := p.endedAs(err)
 	p.link.Close(bus.CodeError(code)) //nolint:gosec // a close code
 	p.g.reg.UnregisterPhone(p.serverID, p.id)
-	log.Info("phone_unregistered", "code", code)
+	p.g.phones.Add(-1)
+	p.g.log.Info("phone_unregistered", "server_id", serverID, "conn_id", connID, "code", code)
 }
 
 // refuse tells a phone that was upgraded why it is not attached.

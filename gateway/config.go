@@ -34,7 +34,8 @@ type Config struct {
 	// MessageTimeout for a peer to finish a message that it has begun. Default
 	// 30 s.
 	MessageTimeout time.Duration
-	// Metrics is where this gateway's metrics are registered. Default: nowhere.
+	// Metrics is where this gateway's metrics are registered, once: two gateways
+	// cannot share it. Default: nowhere.
 	Metrics prometheus.Registerer
 }
 
@@ -74,9 +75,11 @@ const (
 	// slot, so that pings are spread and no connection has a timer of its own.
 	heartbeatSlots = 30
 
-	// parkTime is how long a binary that was just upgraded is kept although the
-	// relay could not decide: closed at once, it would redial at once.
+	// parkTime is how long a binary that was just upgraded is kept at least although
+	// the relay could not decide: closed at once, it would redial at once.
 	parkTime = time.Second
+	// parkMore is what a claim may take besides its probe.
+	parkMore = 4 * time.Second
 
 	// retryAfter is what a 503 asks for, in seconds.
 	retryAfter = 2

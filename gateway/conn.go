@@ -63,10 +63,11 @@ func (c *conn) closeAs(code closeCode) {
 }
 
 // abandon is end for a connection whose upgrade failed.
-func (c *conn) abandon() {
+func (c *conn) abandon() []message {
 	close(c.done)
-	c.out.fail()
+	left := c.out.fail()
 	c.tasks.Wait()
+	return left
 }
 
 // start gives the connection its socket.
@@ -116,14 +117,10 @@ func (c *conn) ping(ctx context.Context) error {
 func (c *conn) heartbeat() {
 	ctx, cancel := context.WithTimeout(context.Background(), c.g.cfg.PongTimeout)
 	defer cancel()
-	if c.ping(ctx) == nil {
-		return
+	if c.ping(ctx) == nil || ctx.Err() == nil {
+		return // it answered, or has ended, and its reader knows how
 	}
-	select {
-	case <-c.done:
-	default:
-		c.closeAs(codeHeartbeat)
-	}
+	c.closeAs(codeHeartbeat)
 }
 
 // scratch is what messages are read into before their length is known.

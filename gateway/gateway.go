@@ -27,16 +27,17 @@ type Gateway struct {
 	started   time.Time
 
 	held   atomic.Int64 // binaries that hold their server-id
-	phones atomic.Int64
+	phones atomic.Int64 // phones that are attached
 
 	// Guarded by mu.
 	mu       sync.Mutex
 	open     int // connections, upgrades under way included
+	draining bool
 	slots    [heartbeatSlots]map[*conn]struct{}
 	lastSlot int
 	beating  bool // heartbeatLoop runs
 	emptied  chan struct{}
-	running  sync.WaitGroup
+	running  sync.WaitGroup // as open; added to only while not draining
 }
 
 // New returns a gateway for the node of r. It starts nothing until a connection
@@ -58,12 +59,20 @@ func New(r *registry.Registry, logger *slog.Logger, opts ...Option) *Gateway {
 // Handler serves everything that the public listener has: /v1/server, /v1/client,
 // /healthz and /readyz; anything else is 404.
 func (g *Gateway) Handler() http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("/v1/server", g.serveServer)
-	mux.HandleFunc("/v1/client", g.serveClient)
-	mux.HandleFunc("/healthz", g.serveHealth)
-	mux.HandleFunc("/readyz", g.serveReady)
-	return mux
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path { // not a ServeMux, which would redirect //healthz
+		case "/v1/server":
+			g.serveServer(w, r)
+		case "/v1/client":
+			g.serveClient(w, r)
+		case "/healthz":
+			g.serveHealth(w, r)
+		case "/readyz":
+			g.serveReady(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
 }
 
 func (g *Gateway) serveHealth(w http.ResponseWriter, _ *http.Request) {
@@ -109,11 +118,18 @@ func (g *Gateway) enter(w http.ResponseWriter, r *http.Request, e endpoint) (lea
 	}
 	g.mu.Lock()
 	full := g.cfg.MaxConnections > 0 && g.open >= g.cfg.MaxConnections
-	if !full {
+	draining := g.draining
+	if !full && !draining {
 		g.open++
+		g.running.Add(1)
 	}
 	g.mu.Unlock()
-	if full {
+	switch {
+	case draining:
+		g.metrics.upgraded(e, outcomeUnavailable)
+		refuseUpgrade(w, refusal{http.StatusServiceUnavailable, "this gateway is shutting down"})
+		return nil, "", false
+	case full:
 		g.metrics.upgraded(e, outcomeFull)
 		refuseUpgrade(w, refusal{http.StatusServiceUnavailable, "this gateway is full"})
 		return nil, "", false
@@ -131,6 +147,7 @@ func (g *Gateway) enter(w http.ResponseWriter, r *http.Request, e endpoint) (lea
 			}
 		}
 		g.mu.Unlock()
+		g.running.Done()
 	}, client.String(), true
 }
 
@@ -153,18 +170,18 @@ func refusalFor(err error) refusal {
 // Shutdown.
 func (g *Gateway) add(c *conn) {
 	g.metrics.upgraded(endpointOf(c.kind), outcomeUpgraded)
-	if c.kind == kindPhone {
-		g.phones.Add(1)
-	}
 	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.running.Add(1)
 	g.lastSlot = (g.lastSlot + 1) % heartbeatSlots
 	c.slot = g.lastSlot
 	g.slots[c.slot][c] = struct{}{}
 	if !g.beating {
 		g.beating = true
 		go g.heartbeatLoop()
+	}
+	draining := g.draining
+	g.mu.Unlock()
+	if draining {
+		c.closeAs(codeShutdown) // its upgrade was under way when Shutdown began
 	}
 }
 
@@ -180,16 +197,12 @@ type peer interface {
 // run serves p on a goroutine of its own, because an HTTP handler's stack never
 // shrinks, and cleans up after it.
 func (g *Gateway) run(p peer, leave func(outcome)) {
-	defer g.running.Done()
 	p.serve()
 	c := p.base()
 	g.mu.Lock()
 	delete(g.slots[c.slot], c)
 	g.mu.Unlock()
 	p.ended(c.end())
-	if c.kind == kindPhone {
-		g.phones.Add(-1)
-	}
 	leave(outcomeDone)
 }
 
@@ -233,9 +246,12 @@ func (g *Gateway) all() (conns []*conn) {
 }
 
 // Shutdown closes every connection with 1001 and waits until they have ended, at
-// most until ctx does; then it drops what is left. The registry has been told to
-// drain before, so that no new ones come.
+// most until ctx does; then it drops what is left. New upgrades are refused, and
+// the registry, which has been told to drain before, decides none under way.
 func (g *Gateway) Shutdown(ctx context.Context) {
+	g.mu.Lock()
+	g.draining = true
+	g.mu.Unlock()
 	conns := g.all()
 	for i, c := range conns {
 		c.closeAs(codeShutdown)

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"log/slog"
@@ -28,15 +29,19 @@ type binary struct {
 	version  string
 	addr     string
 
+	decision error         // of the registry before the upgrade: nil, or ErrHeld
+	decided  chan struct{} // closed when the claim has succeeded or failed
+
 	// Guarded by mu.
-	mu     sync.Mutex
-	phones map[string]*bus.Link // by conn id: the phones that the binary has heard from
-	gone   bool                 // the connection has ended
+	mu        sync.Mutex
+	phones    map[string]*bus.Link // by conn id: the phones that the binary has heard from
+	gone      bool                 // the connection has ended
+	counted   bool                 // in Gateway.held
+	lost      bool                 // the server-id; it is not counted any more
+	early     [][]byte             // messages that came before the claim was decided
+	earlySize int
 
-	decision error // of the registry before the upgrade: nil, or ErrHeld
-
-	// Owned by the reading goroutine; holds by decide, before decided is closed.
-	holds   bool
+	// Owned by decide until decided is closed, then by the reading goroutine.
 	scratch [512]byte // for a conn id with escapes
 	warned  map[string]struct{}
 }
@@ -52,7 +57,7 @@ func (g *Gateway) serveServer(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
-	b := &binary{serverID: h.serverID, version: h.version, addr: addr, phones: make(map[string]*bus.Link)}
+	b := &binary{serverID: h.serverID, version: h.version, addr: addr, phones: make(map[string]*bus.Link), decided: make(chan struct{})}
 	b.init(g, kindBinary, bus.NewConnID(h.serverID), func(int) {})
 	sock, err := upgrade(w, r, &g.cfg, func() error {
 		b.decision = b.claim(registry.WithoutProbe())
@@ -63,9 +68,8 @@ func (g *Gateway) serveServer(w http.ResponseWriter, r *http.Request) {
 		return refusalFor(b.decision)
 	})
 	if err != nil {
+		b.ended(b.abandon())
 		leave(outcomeOf(err))
-		b.abandon()
-		g.reg.ReleaseServer(h.serverID, b)
 		return
 	}
 	b.start(sock)
@@ -81,21 +85,73 @@ func (b *binary) claim(opts ...registry.Option) error {
 		registry.WithVersion(b.version), registry.WithRemote(b.addr))...)
 }
 
-// serve implements peer. A binary whose claim needs a probe is read no further
-// than its first message until that is decided.
+// serve implements peer.
 func (b *binary) serve() {
 	ctx, cancel := context.WithCancel(context.Background())
-	decided := make(chan struct{})
 	b.tasks.Go(func() {
-		defer close(decided)
+		defer close(b.decided)
 		b.decide(ctx)
 	})
-	_ = b.readMessages(func(p []byte) {
-		<-decided
-		b.handle(p)
-	})
+	_ = b.readMessages(b.receive)
 	cancel()
-	<-decided
+	<-b.decided
+}
+
+// receive handles a message, or keeps it until the claim is decided. It reads no
+// further when much has been kept; before that, the binary's pings are answered.
+//
+//	(protocol.md: Life of a claim, 6)
+func (b *binary) receive(msg []byte) {
+	select {
+	case <-b.decided:
+	default:
+		if b.keep(msg) {
+			return
+		}
+		<-b.decided
+	}
+	b.handle(msg)
+}
+
+func (b *binary) keep(msg []byte) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.counted || b.lost || b.earlySize+len(msg) > b.g.cfg.MaxFrameBytes {
+		return false
+	}
+	b.early = append(b.early, bytes.Clone(msg))
+	b.earlySize += len(msg)
+	return true
+}
+
+// hold notes that the binary holds its server-id, and handles what came before.
+func (b *binary) hold() {
+	for {
+		b.mu.Lock()
+		early := b.early
+		b.early = nil
+		if len(early) == 0 && !b.lost {
+			b.counted = true
+			b.g.held.Add(1)
+		}
+		b.mu.Unlock()
+		if len(early) == 0 {
+			return
+		}
+		for _, msg := range early {
+			b.handle(msg)
+		}
+	}
+}
+
+// lose is the reverse of hold.
+func (b *binary) lose() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.counted {
+		b.g.held.Add(-1)
+	}
+	b.counted, b.lost = false, true
 }
 
 // ended implements peer: the grace begins, and the sessions of phones whose frames
@@ -109,36 +165,47 @@ func (b *binary) ended(left []message) {
 			m.link.Close(bus.ErrAway)
 		}
 	}
-	if b.holds {
-		b.g.held.Add(-1)
-	}
+	b.lose()
 	b.g.reg.ReleaseServer(b.serverID, b)
 }
 
 // decide finishes a claim that could not be decided before the upgrade, and closes
 // the binary if it does not get its server-id.
 func (b *binary) decide(ctx context.Context) {
-	upgraded := time.Now()
 	err := b.decision
 	if err != nil {
-		err = b.claim(registry.WithContext(ctx))
+		err = b.claimParked(ctx)
 	}
 	switch {
 	case err == nil:
-		b.holds = true
-		b.g.held.Add(1)
+		b.hold()
 		b.g.log.Info("server_claimed", "server_id", logServerID(b.serverID), "binary_version", logText(b.version), "remote", b.addr)
 		return
 	case errors.Is(err, registry.ErrServerIDConflict):
 		b.g.log.Info("server_id_conflict", "server_id", logServerID(b.serverID), "remote", b.addr)
-	default:
-		select { // not at once, or it would redial at once, and so on
-		case <-time.After(parkTime - time.Since(upgraded)):
-		case <-ctx.Done():
-		}
 	}
 	b.g.metrics.registerFailed(failureOf(err))
 	b.closeAs(codeFor(err))
+}
+
+// claimParked claims with a probe. Where that cannot be decided it tries again,
+// for as long as a probe may take: a binary that was closed would redial at once,
+// and so on.                                        (protocol.md: Close codes)
+func (b *binary) claimParked(ctx context.Context) error {
+	again := time.Now().Add(max(parkTime, b.g.reg.ProbeTimeout()))
+	ctx, cancel := context.WithDeadline(ctx, again.Add(parkMore))
+	defer cancel()
+	for {
+		err := b.claim(registry.WithContext(ctx))
+		if !errors.Is(err, registry.ErrUndecided) && !errors.Is(err, registry.ErrNotReady) || !time.Now().Before(again) {
+			return err
+		}
+		select {
+		case <-time.After(parkTime / 2):
+		case <-ctx.Done():
+			return err
+		}
+	}
 }
 
 // handle passes one message of the binary on to the phone that it names.
@@ -210,4 +277,7 @@ func (b *binary) End(l *bus.Link, err error) {
 }
 
 // evict ends a binary that lost its server-id.
-func (b *binary) evict(err error) { b.closeAs(codeFor(err)) }
+func (b *binary) evict(err error) {
+	b.lose()
+	b.closeAs(codeFor(err))
+}

@@ -233,8 +233,11 @@ func (s *socket) close(c closeCode) {
 	_ = s.ws.Close(websocket.StatusCode(c.code), c.reason) // whatever fails, the connection is closed
 }
 
-// drop closes the connection without a word.
-func (s *socket) drop() { _ = s.ws.CloseNow() }
+// drop closes the connection without a word, even while close waits for the peer.
+func (s *socket) drop() {
+	_ = s.wire.Close() // CloseNow alone would wait for a close under way
+	_ = s.ws.CloseNow()
+}
 
 // peerCode says with which code a peer ended the connection, from the error of a
 // read; ok is false if it sent no close frame.

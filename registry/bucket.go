@@ -67,11 +67,12 @@ func (b *bucket) put(ctx context.Context, key string, value []byte, rev uint64, 
 	return b.publish(ctx, msg, rev, ttl)
 }
 
-// remove ends the key if its latest revision is rev. Errors as put.
+// remove ends the key if its latest revision is rev. What marks its end goes after
+// markerTTL. Errors as put.
 func (b *bucket) remove(ctx context.Context, key string, rev uint64) error {
 	msg := nats.NewMsg(b.subject(key))
 	msg.Header.Set(operationHeader, "DEL")
-	_, err := b.publish(ctx, msg, rev, 0)
+	_, err := b.publish(ctx, msg, rev, markerTTL)
 	return err
 }
 

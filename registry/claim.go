@@ -34,8 +34,8 @@ func (r *Registry) ClaimServer(serverID string, conn Conn, opts ...Option) error
 		return nil
 	}
 	r.endHolding(h, bus.ErrNoSession)
-	if errors.Is(err, ErrUndecided) {
-		r.addOrphan(h.session, serverID) // the write may yet be found there
+	if h.unsure {
+		r.addOrphan(h.session, serverID)
 	}
 	return err
 }
@@ -53,17 +53,19 @@ func (r *Registry) claim(h *holding) error {
 	for {
 		newRev, err := r.presence.put(ctx, h.key(), value, rev, 0)
 		if err == nil {
-			r.claimed(h, before, newRev)
-			return nil
+			return r.claimed(h, before, newRev)
 		}
-		before, rev, err = r.replaceable(ctx, h)
+		h.unsure = h.unsure || !errors.Is(err, errLost)
+		found, at, err := r.replaceable(ctx, h)
 		switch {
 		case err != nil:
 			return err
-		case before.Session == h.session: // a write that we took for lost
-			r.claimed(h, before, rev)
-			return nil
+		case found.Session == h.session: // a write that we took for lost
+			return r.claimed(h, before, at)
+		case at == rev && !pause(ctx, retryWait): // refused, and yet nothing has changed
+			return fmt.Errorf("%w: the KV takes no write", ErrUndecided)
 		}
+		before, rev = found, at
 	}
 }
 
@@ -119,16 +121,19 @@ func (r *Registry) mayTake(ctx context.Context, h *holding, found entry) error {
 }
 
 // claimed installs h, which the KV names at revision, and tells the node that held
-// the server-id before.
-func (r *Registry) claimed(h *holding, before entry, revision uint64) {
-	r.install(h, revision)
-	if before.Node == "" || before.Session == h.session {
-		return
+// the server-id before. It returns ErrUndecided if h has been displaced already.
+func (r *Registry) claimed(h *holding, before entry, revision uint64) error {
+	if !r.install(h, before.Session, revision) {
+		return fmt.Errorf("%w: displaced at once", ErrUndecided)
+	}
+	if before.Node == "" {
+		return nil
 	}
 	if before.State == stateHeld {
 		r.log.Info("server_id_takeover", "server_id", logID(h.serverID), "remote", h.opts.remote)
 	}
 	r.bus.Taken(before.Node, h.serverID, before.Session)
+	return nil
 }
 
 // Alive implements bus.Handler.
@@ -152,7 +157,7 @@ func (r *Registry) Taken(_ string, session bus.SessionID) {
 	if h == nil {
 		return
 	}
-	r.tasks.Go(func() { r.check(r.ctx, h) })
+	r.spawn(func() { r.check(r.ctx, h) })
 }
 
 func (r *Registry) holdingOf(s bus.SessionID) *holding {

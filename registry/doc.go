@@ -1,1 +1,101 @@
+// Package registry says who holds whom: which node has the binary of a server-id,
+// over the whole cluster, and which phones are attached to it. Nodes agree through
+// two NATS KV buckets; what a node has connected itself is in its tables. The
+// package knows no WebSocket and no close code: it returns the errors of errors.go.
+//
+// # Guarantees and their bounds
+//
+//   - One current session per server-id. It is the one that the KV names, and only
+//     a compare-and-swap write changes that. Every link is bound to a session, and a
+//     holder refuses any session that is not its own. A holder that was superseded
+//     closes its binary (OnEvict with ErrDisplaced) and its phones when it is told,
+//     or at its next sweep, 5 s after its path to the KV is back at the latest.
+//   - ErrServerIDConflict is returned only after the incumbent answered a ping that
+//     was sent after the claim began.
+//   - ErrNoServer is returned only if a leader read while this node's lease was fresh
+//     found no entry, or the holder's node itself does not know the session, or that
+//     node is dead: its lease is gone (and this node's has been unbroken for a whole
+//     TTL), or nobody responded for 4 s without a break.
+//   - From the instant that ClaimServer returned nil, RegisterPhone finds the binary
+//     on every node: the session is in the tables before it is in the KV, and a
+//     replica that lags is asked no further than for a hint.
+//   - Connected means registered: whatever happens to the KV, a binary that is
+//     connected is there again within one sweep of the KV answering.
+//   - MaxPhones holds over the cluster, because the holder has the one attach table.
+//   - A claim without a probe, and a look-up, take 4 s at most; a claim with a probe
+//     10 s (parkTimeout), or ProbeTimeout and one KV call if that is longer.
+//
+// Not guaranteed:
+//
+//   - While the cluster is split, a phone on the side that is cut off may reach the
+//     old connection of its binary, until that node's sweep sees the new one.
+//   - A node on the side of an isolated stream leader may read old entries, as long
+//     as its lease counts as fresh (three quarters of the TTL): it may say
+//     ErrNoServer of a server-id that was claimed on the other side meanwhile.
+//   - A grace ends within a second of its time, later if the KV has no leader.
+//   - Entry.Since and Version are for people; nothing is decided by them.
+//   - The binary of a node that died is not probed: it has no connection.
+//
+// # A holding
+//
+// A holding is one binary connection of this node. sessions has it from its claim to
+// its end, current from install to its end.
+//
+//	state     in the KV         claim by another           phone         left by
+//	claiming  nothing, or held  ErrHeld, or a ping         attaches      install → held; claim fails → over
+//	held      held, no TTL      ErrHeld, or a ping         attaches      ReleaseServer → grace; another session in the KV → over
+//	grace     grace, with TTL   succeeds at once           attaches and  another session in the KV → over; time is up → over
+//	                                                       its frames wait
+//	over      nothing of it     -                          is refused    -
+//
+// A holding that ends tells its phones why: ErrReclaimed (another session),
+// ErrGraceOver, ErrNodeGone (Stop), ErrNoSession (the claim failed). Phones that came
+// in the grace have no session to lose: instead of ErrReclaimed they get ErrMoved,
+// and their node attaches them to the new session with what they have sent.
+//
+// # Who writes which key, and what if the write is lost, late or doubled
+//
+// All writes are CAS on the key's revision. "Lost" is not applied, "late" is applied
+// after its writer took it for lost, "doubled" is applied once and tried again.
+//
+//	nodes/<node>: the lease, by that node alone, every LeaseTTL/5; ended by the
+//	bucket's TTL or by Stop
+//		lost     tried again after 500 ms; after ¾ TTL the node decides nothing
+//		late     the next write loses, reads what is there, and goes over it
+//		doubled  as late
+//	presence/<token> = held: by ClaimServer over nothing, over grace, over the entry
+//	of a dead node or of an incumbent without a pong; by the sweep over nothing
+//		lost     tried again until time is up, then ErrUndecided
+//		late     found by reading back, the session is its own: the claim succeeds;
+//		         after ErrUndecided the sweep looks for it for 30 s and removes it
+//		         (orphans). Until then its node refuses phones and is no incumbent
+//		doubled  the second one loses, and finds the first
+//	presence/<token> = grace, with TTL: by ReleaseServer over the own entry; by one of
+//	the other nodes over the entry of a node whose lease is gone
+//		lost     the sweep writes it again; grace over before that: the entry is an
+//		         orphan, and removed
+//		late     over another session's entry it loses; over the own one it only
+//		         starts the TTL again
+//		doubled  as late
+//	presence/<token> removed: by the sweep, of an orphan, if the session is its own
+//		lost     at the next sweep
+//		late     loses to whoever claimed meanwhile
+//
+// errLost (wrong last sequence) is the only proof that a write failed. Everything
+// else, error 10164 and time-outs included, is errUnknown: read back from the leader
+// and compare the session. (docs/adr/0003, 0004)
+//
+// # Goroutines
+//
+// Start begins three, and Stop waits for them: leaseLoop (keeps the lease, makes the
+// buckets), sweepLoop (compares holdings with the KV, removes orphans, ends what dead
+// nodes held; up to sweepWorkers more while it does), watchLoop (asks the nodes that
+// links lead to; one more for each of these). Each Taken and each Moved has one of its
+// own until it is settled; a grace has a timer. Calls run on their caller's.
+//
+// # Locks
+//
+// Registry.mu comes last: it is never held across a call of bus, of a connection or of
+// the KV. bus calls Open and Ended with a link's mu held or not; they take Registry.mu
+// only. lease.mu is independent of it.
 package registry

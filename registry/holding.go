@@ -23,6 +23,9 @@ type holding struct {
 	conn     Conn
 	opts     options
 
+	// Owned by claim.
+	unsure bool // the outcome of a write was unknown: its entry may be found later
+
 	// Guarded by Registry.mu.
 	state    holdingState
 	revision uint64             // of the latest write to its key that we know of
@@ -50,16 +53,24 @@ func (r *Registry) entryFor(h *holding, state string) entry {
 	}
 }
 
-// install makes h, whose session the KV names at revision, what this node holds.
-func (r *Registry) install(h *holding, revision uint64) {
+// install makes h, whose session the KV named at revision in place of before,
+// what this node holds. It returns false if h was superseded already.
+func (r *Registry) install(h *holding, before bus.SessionID, revision uint64) bool {
 	r.mu.Lock()
-	before := r.current[h.serverID]
+	if h.state == over {
+		r.mu.Unlock()
+		return false
+	}
+	current, claimant := r.current[h.serverID], r.sessions[before] // these may be two: claimant is not installed yet
 	r.current[h.serverID] = h
 	h.state, h.written, h.revision = held, held, revision
 	r.mu.Unlock()
-	if before != nil && before != h {
-		r.supersede(before)
+	for _, old := range []*holding{current, claimant} {
+		if old != nil && old != h {
+			r.supersede(old)
+		}
 	}
+	return true
 }
 
 // supersede ends a holding because the KV names another session: its binary is
@@ -121,15 +132,16 @@ func (r *Registry) ReleaseServer(serverID string, conn Conn) {
 
 // graceOver ends a grace that nobody claimed.
 func (r *Registry) graceOver(h *holding) {
-	r.mu.Lock()
-	due := h.state == grace
-	r.mu.Unlock()
-	if !due {
+	if r.endHolding(h, bus.ErrGraceOver) != grace {
 		return
 	}
 	r.graceExpiries.Add(1)
-	r.endHolding(h, bus.ErrGraceOver)
-	r.addOrphan(h.session, h.serverID) // in case its grace never reached the KV
+	r.mu.Lock()
+	known := h.written == grace
+	r.mu.Unlock()
+	if !known { // else the KV ends it by itself
+		r.addOrphan(h.session, h.serverID)
+	}
 }
 
 // writeHolding brings the KV's entry for h in line with h: held, or grace with

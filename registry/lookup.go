@@ -104,7 +104,8 @@ type attempt struct {
 
 	refused bus.SessionID // the holder itself says that it does not hold this one
 	silent  bus.NodeID    // a node without responders
-	since   time.Time     // for so long
+	since   time.Time     // the first time that it was
+	heard   time.Time     // and the latest
 	err     error
 }
 
@@ -116,10 +117,13 @@ func (a *attempt) try(ctx context.Context) (done bool, err error) {
 		return true, err
 	case err != nil:
 		a.err = err
+		if ctx.Err() == nil {
+			a.silent = "" // nobody was asked, so the silence is not unbroken
+		}
 		return false, nil
 	}
 	err = a.r.bus.Open(ctx, a.p.link, found.Node, found.Session)
-	if !errors.Is(err, bus.ErrNoResponders) {
+	if !errors.Is(err, bus.ErrNoResponders) && ctx.Err() == nil {
 		a.silent = ""
 	}
 	switch {
@@ -131,8 +135,11 @@ func (a *attempt) try(ctx context.Context) (done bool, err error) {
 		return true, ErrClosed // the phone has gone meanwhile
 	case errors.Is(err, bus.ErrNoSession):
 		a.refused = found.Session
-	case errors.Is(err, bus.ErrNoResponders) && a.silent != found.Node:
-		a.silent, a.since = found.Node, time.Now()
+	case errors.Is(err, bus.ErrNoResponders):
+		a.heard = time.Now()
+		if a.silent != found.Node {
+			a.silent, a.since = found.Node, a.heard
+		}
 	}
 	a.err = err
 	return false, nil
@@ -173,7 +180,7 @@ func (a *attempt) lookUp(ctx context.Context) (entry, error) {
 
 // giveUp says what it means that there was no answer in time.
 func (a *attempt) giveUp() error {
-	if a.silent != "" && time.Since(a.since) >= deadAfter-retryWaitMax {
+	if a.silent != "" && time.Since(a.since) >= deadAfter-retryWaitMax && time.Since(a.heard) <= 2*retryWaitMax {
 		return ErrNoServer
 	}
 	return fmt.Errorf("%w: %w", ErrUndecided, a.err)
@@ -221,7 +228,7 @@ func (r *Registry) Moved(l *bus.Link) {
 	if p == nil || p.link != l {
 		return
 	}
-	r.tasks.Go(func() {
+	r.spawn(func() {
 		if err := r.attach(r.ctx, p); err != nil && !errors.Is(err, ErrClosed) {
 			l.Fail(moveError(err))
 		}

@@ -36,10 +36,20 @@ func (e entry) encode() []byte {
 // revision: it can be claimed over.
 func entryOf(r record) (entry, bool) {
 	var e entry
-	if !r.exists || json.Unmarshal(r.value, &e) != nil || e.Node == "" {
+	if !r.exists || json.Unmarshal(r.value, &e) != nil || e.State != stateHeld && e.State != stateGrace ||
+		e.Session == (bus.SessionID{}) || !nodeText(e.Node) {
 		return entry{}, false
 	}
 	return e, true
+}
+
+// maxNodeText is far above what a node id takes, and below NATS' control line.
+const maxNodeText = 512
+
+// nodeText reports whether n can be a node's id: it goes into subjects.
+func nodeText(n bus.NodeID) bool {
+	_, err := bus.DecodeToken(string(n))
+	return n != "" && len(n) <= maxNodeText && err == nil
 }
 
 // maxVersionText bounds what a binary says of its version, in bytes.

@@ -50,6 +50,7 @@ type Registry struct {
 	orphans  map[bus.SessionID]orphan     // entries that this node may have left in the KV
 	suspects map[bus.NodeID]time.Time     // nodes without responders, since when
 	trouble  troubleState
+	stopped  bool // nothing is spawned any more
 
 	// Owned by sweepLoop.
 	known   map[bus.NodeID]nodeEntry // nodes that had a lease at the latest sweep
@@ -128,6 +129,7 @@ func (r *Registry) Drain() {
 // have been released by then. It returns when all that is done or ctx ends.
 func (r *Registry) Stop(ctx context.Context) {
 	r.mu.Lock()
+	r.stopped = true
 	left := make([]*holding, 0, len(r.current))
 	for _, h := range r.current {
 		left = append(left, h)
@@ -138,15 +140,29 @@ func (r *Registry) Stop(ctx context.Context) {
 	}
 	r.cancel()
 	r.tasks.Wait()
+	r.dropLease(ctx)
+	r.bus.Close()
+}
+
+// dropLease gives the lease back, so that nobody waits for its end.
+func (r *Registry) dropLease(ctx context.Context) {
 	r.lease.mu.Lock()
 	rev := r.lease.revision
 	r.lease.mu.Unlock()
-	if rev != 0 {
-		if err := r.nodes.remove(ctx, string(r.bus.Node()), rev); err != nil {
-			r.log.Debug("lease_not_removed", "error", err.Error()) // it ends by itself
+	if rev == 0 {
+		return
+	}
+	key := string(r.bus.Node())
+	err := r.nodes.remove(ctx, key, rev)
+	if errors.Is(err, errLost) { // to a renewal that Stop has cut short
+		var there record
+		if there, err = r.nodes.getLeader(ctx, key); err == nil && there.exists {
+			err = r.nodes.remove(ctx, key, there.revision)
 		}
 	}
-	r.bus.Close()
+	if err != nil {
+		r.log.Debug("lease_not_removed", "error", err.Error()) // it ends by itself
+	}
 }
 
 // createBuckets makes the buckets where they are missing.
@@ -161,7 +177,7 @@ func (r *Registry) createBuckets(ctx context.Context) error {
 		if r.cfg.Memory {
 			b.cfg.Storage = jetstream.MemoryStorage
 		}
-		ctx, cancel := context.WithTimeout(ctx, decideTimeout)
+		ctx, cancel := context.WithTimeout(ctx, kvTimeout) // some requests are never answered when several nodes create at once
 		err := b.create(ctx)
 		cancel()
 		if err != nil {
@@ -190,6 +206,15 @@ func (r *Registry) PhonesFor(serverID string) []Conn {
 		conns = append(conns, p.conn)
 	}
 	return conns
+}
+
+// spawn runs f on a goroutine that Stop waits for, unless Stop has begun.
+func (r *Registry) spawn(f func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.stopped {
+		r.tasks.Go(f)
+	}
 }
 
 func nudge(c chan struct{}) {

@@ -134,10 +134,11 @@ func (c *Cluster) start() error {
 }
 
 // WaitReady waits until the cluster is whole as far as its servers run: all have
-// all their routes to each other, one is the JetStream meta leader and knows the state of
-// all, and all have caught up with each of their streams. Without that last one,
+// all their routes, one is the JetStream meta leader and knows the state of all,
+// and all have caught up with each of their streams. (Without that last one,
 // stopping one server soon after restarting another can cost a stream its quorum
-// for good. A server that is isolated counts as running.
+// for good.) A server that is isolated counts as running. Leaderships may still
+// move after a fault: a request that arrives in that moment is never answered.
 func (c *Cluster) WaitReady(ctx context.Context) error {
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()

@@ -96,7 +96,7 @@ func TestProxyHoldsBytesAndDeliversThemOnResume(t *testing.T) {
 	p.Resume()
 	wantRead(t, server, "two")
 	wantRead(t, client, "deux")
-	if _, err := server.Read(make([]byte, 1)); err != io.EOF {
+	if _, err := server.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Fatalf("server read: %v; want EOF", err)
 	}
 }
@@ -207,7 +207,7 @@ func TestProxyDelayKeepsOrderAndThroughput(t *testing.T) {
 		burst := string(rune('a'+i%26)) + "\n"
 		write(t, client, burst)
 		want += burst
-		time.Sleep(time.Millisecond) // so that they are chunks of their own
+		time.Sleep(time.Millisecond) //nolint:forbidigo // so that they are chunks of their own
 	}
 	wantRead(t, server, want)
 	if took := time.Since(start); took < delay || took > 20*delay {

@@ -455,7 +455,7 @@ func dial(ctx context.Context, rawURL string, fields map[string]string, extra ht
 	}
 	ws.SetReadLimit(-1)
 	p := &Peer{ws: ws, sock: sock, done: make(chan struct{})}
-	go p.readLoop()
+	go p.readLoop() //nolint:gosec // ctx is of the dial only
 	return p, nil
 }
 
@@ -497,8 +497,8 @@ type socket struct {
 
 func (s *socket) pause() {
 	s.valve.shutWith(func() { s.Conn.SetReadDeadline(longAgo) })
-	s.reading.Lock() // wait for the interrupted read to end
-	s.reading.Unlock()
+	s.reading.Lock()   // wait for the interrupted read to end
+	s.reading.Unlock() //nolint:staticcheck // nothing is done under it
 }
 
 func (s *socket) Read(b []byte) (int, error) {

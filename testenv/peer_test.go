@@ -169,7 +169,7 @@ func TestDialTLS(t *testing.T) {
 	ctx := within(t, 10*time.Second)
 	p := must(DialPhone(ctx, r.url(), PhoneOptions{ServerID: "s", TLS: &tls.Config{RootCAs: pool}}))(t)
 	ws := <-r.ws
-	go ws.Write(ctx, websocket.MessageText, []byte(`1`))
+	go func() { _ = ws.Write(ctx, websocket.MessageText, []byte(`1`)) }()
 	if got, err := p.Next(ctx); string(got) != `1` || err != nil {
 		t.Errorf("got %q, %v", got, err)
 	}
@@ -187,7 +187,7 @@ func TestDialContextBoundsDialOnly(t *testing.T) {
 	defer p.Drop()
 	cancel()
 	ws := <-r.ws
-	go ws.Read(t.Context())
+	go func() { _, _, _ = ws.Read(t.Context()) }()
 	if err := p.Ping(within(t, 10*time.Second)); err != nil {
 		t.Error(err)
 	}
@@ -198,10 +198,12 @@ func TestPeerSendsAndReceives(t *testing.T) {
 	ctx := within(t, 20*time.Second)
 	big := bytes.Repeat([]byte("x"), 3<<20)
 	go func() {
-		p.Send(ctx, []byte(`"text"`))
-		p.SendBinary(ctx, []byte(`"binary"`))
-		p.SendFragments(ctx, []byte(`"in `), []byte(`three `), []byte(`parts"`))
-		p.Send(ctx, big)
+		err := p.Send(ctx, []byte(`"text"`))
+		err = errors.Join(err, p.SendBinary(ctx, []byte(`"binary"`)))
+		err = errors.Join(err, p.SendFragments(ctx, []byte(`"in `), []byte(`three `), []byte(`parts"`)))
+		if err = errors.Join(err, p.Send(ctx, big)); err != nil {
+			t.Error(err)
+		}
 	}()
 	want := []Message{{false, []byte(`"text"`)}, {true, []byte(`"binary"`)}, {false, []byte(`"in three parts"`)}, {false, big}}
 	for _, w := range want {

@@ -2,6 +2,7 @@ package testenv
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -110,8 +111,7 @@ func (c *pipeConn) LocalAddr() net.Addr  { return c.local }
 func (c *pipeConn) RemoteAddr() net.Addr { return c.remote }
 
 func (c *pipeConn) SetDeadline(t time.Time) error {
-	c.SetReadDeadline(t)
-	return c.SetWriteDeadline(t)
+	return errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t))
 }
 
 func (c *pipeConn) SetReadDeadline(t time.Time) error {
@@ -126,7 +126,7 @@ func (c *pipeConn) SetWriteDeadline(t time.Time) error {
 
 // wrap makes err look like that of a net.Conn. io.EOF stays as it is.
 func (c *pipeConn) wrap(op string, err error) error {
-	if err == nil || err == io.EOF {
+	if err == nil || errors.Is(err, io.EOF) {
 		return err
 	}
 	return &net.OpError{Op: op, Net: "tcp", Source: c.local, Addr: c.remote, Err: err}

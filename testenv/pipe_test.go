@@ -50,8 +50,10 @@ func TestPipeReadsAllThenEOF(t *testing.T) {
 
 func TestPipeHalfClose(t *testing.T) {
 	client, server := pipes(t)
-	client.(*pipeConn).CloseWrite()
-	if _, err := server.Read(make([]byte, 1)); err != io.EOF {
+	if err := client.(*pipeConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := server.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Errorf("read: %v; want EOF", err)
 	}
 	write(t, server, "answer")
@@ -101,7 +103,7 @@ func TestPipeWriteBlocksWhileFull(t *testing.T) {
 		sent := bytes.Repeat([]byte("0123456789"), 20_000)
 		var wrote bool
 		go func() {
-			client.Write(sent)
+			_, _ = client.Write(sent) // the reader sees whether it was whole
 			wrote = true
 			client.Close()
 		}()
@@ -149,10 +151,10 @@ func TestPeerInBubble(t *testing.T) {
 				if err != nil {
 					return
 				}
-				ws.Write(context.Background(), typ, b)
+				_ = ws.Write(context.Background(), typ, b) // the peer sees it
 			}
 		})}
-		go srv.Serve(l)
+		go func() { _ = srv.Serve(l) }() // until Close
 		defer srv.Close()
 
 		ctx := t.Context()

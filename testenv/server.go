@@ -207,7 +207,7 @@ func (s *Server) start() error {
 	if err != nil {
 		return fmt.Errorf("start NATS server %s: %w", s.opts.Name, err)
 	}
-	s.perPeer.Store(int32(max(o.Cluster.PoolSize, 1) + len(o.Cluster.PinnedAccounts)))
+	s.perPeer.Store(int32(max(o.Cluster.PoolSize, 1) + len(o.Cluster.PinnedAccounts))) //nolint:gosec // a handful
 	s.running.Store(ns)
 	go ns.Start() // returns once everything listens
 	if !ns.ReadyForConnections(startTimeout) {
@@ -294,7 +294,7 @@ func (l *link) settle() {
 
 var portCursor atomic.Uint32
 
-func init() { portCursor.Store(rand.Uint32N(lastPort - firstPort)) }
+func init() { portCursor.Store(rand.Uint32N(lastPort - firstPort)) } //nolint:gosec // no secret
 
 // freePort returns a port that nobody listens on, and never the same one twice.
 func freePort() (int, error) {

@@ -1,6 +1,7 @@
 package testenv
 
 import (
+	"context"
 	"errors"
 	"testing"
 	"time"
@@ -30,11 +31,53 @@ func connect(t *testing.T, url string, opts ...nats.Option) *nats.Conn {
 	return nc
 }
 
+// retry calls f until it succeeds, a second each time: a request that a server
+// gets in the middle of an election is never answered.
+func retry(t *testing.T, f func(ctx context.Context) error) {
+	t.Helper()
+	ctx := within(t, 40*time.Second)
+	for {
+		once, cancel := context.WithTimeout(ctx, time.Second)
+		err := f(once)
+		if err != nil {
+			<-once.Done() // not faster if it failed at once
+		}
+		cancel()
+		if err == nil {
+			return
+		}
+		if ctx.Err() != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // bucket creates a bucket, or finds that it is there.
-func bucket(t *testing.T, nc *nats.Conn, cfg jetstream.KeyValueConfig) jetstream.KeyValue {
+func bucket(t *testing.T, nc *nats.Conn, cfg jetstream.KeyValueConfig) (kv jetstream.KeyValue) {
 	t.Helper()
 	js := must(jetstream.New(nc))(t)
-	return must(js.CreateOrUpdateKeyValue(within(t, 20*time.Second), cfg))(t)
+	retry(t, func(ctx context.Context) (err error) {
+		kv, err = js.CreateOrUpdateKeyValue(ctx, cfg)
+		return err
+	})
+	return kv
+}
+
+func put(t *testing.T, kv jetstream.KeyValue, key string) {
+	t.Helper()
+	retry(t, func(ctx context.Context) error {
+		_, err := kv.PutString(ctx, key, "v")
+		return err
+	})
+}
+
+// wantKey also retries because a replica may answer before it has caught up.
+func wantKey(t *testing.T, kv jetstream.KeyValue, key string) {
+	t.Helper()
+	retry(t, func(ctx context.Context) error {
+		_, err := kv.Get(ctx, key)
+		return err
+	})
 }
 
 // waitFor waits for an event of a client.
@@ -115,8 +158,7 @@ func TestServerIsolates(t *testing.T) {
 	}
 	s.Isolate()
 	observer := connect(t, s.DirectURL())
-	observer.Publish("x", []byte("held"))
-	if err := observer.Flush(); err != nil {
+	if err := errors.Join(observer.Publish("x", []byte("held")), observer.Flush()); err != nil {
 		t.Fatal(err)
 	}
 	if m, err := sub.NextMsg(50 * time.Millisecond); !errors.Is(err, nats.ErrTimeout) {

@@ -86,7 +86,7 @@ func (f *certFiles) check() {
 	}
 	f.seen = stamps
 	if err := f.load(); err != nil {
-		f.log.Warn("tls_reload_failed", "err", err)
+		f.log.Warn("tls_reload_failed", "error", err)
 		return
 	}
 	f.log.Info("tls_reloaded")
@@ -155,7 +155,7 @@ func (a *acmeCerts) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, e
 func (a *acmeCerts) logFailure(err error) {
 	now, last := time.Now().Unix(), a.lastLog.Load()
 	if now-last >= int64(acmeLogInterval/time.Second) && a.lastLog.CompareAndSwap(last, now) {
-		a.log.Warn("acme_failed", "domain", a.domain, "err", err)
+		a.log.Warn("acme_failed", "domain", a.domain, "error", err)
 	}
 }
 

@@ -87,7 +87,7 @@ func TestCertFiles_FollowChanges(t *testing.T) {
 		step := func(want, wantEvents string) {
 			t.Helper()
 			for range 3 {
-				time.Sleep(certCheckInterval)
+				time.Sleep(certCheckInterval) //nolint:forbidigo // in a synctest bubble
 				if got := nameIn(t, f); got != want {
 					t.Fatalf("got the certificate of %q, want %q", got, want)
 				}
@@ -124,11 +124,11 @@ func TestCertFiles_LookOnceASecond(t *testing.T) {
 			t.Fatal(err)
 		}
 		pair.write(t, "second", time.Now().Add(time.Minute))
-		time.Sleep(certCheckInterval - 1)
+		time.Sleep(certCheckInterval - 1) //nolint:forbidigo // in a synctest bubble
 		if got := nameIn(t, f); got != "first" {
 			t.Errorf("within a second: got the certificate of %q, want that of first", got)
 		}
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond) //nolint:forbidigo // in a synctest bubble
 		if got := nameIn(t, f); got != "second" {
 			t.Errorf("after a second: got the certificate of %q, want that of second", got)
 		}
@@ -177,7 +177,7 @@ func TestACME_TroubleIsLoggedOnceAMinute(t *testing.T) {
 			for range 10 {
 				a.logFailure(http.ErrServerClosed)
 			}
-			time.Sleep(acmeLogInterval)
+			time.Sleep(acmeLogInterval) //nolint:forbidigo // in a synctest bubble
 		}
 		if got, want := events(log.String()), "acme_failed acme_failed acme_failed"; got != want {
 			t.Errorf("got events %q, want %q", got, want)

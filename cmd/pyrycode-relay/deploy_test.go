@@ -214,13 +214,8 @@ func TestNATSAccounts_DifferInTheRightToCreate(t *testing.T) {
 
 func TestComposeNATS_GatewayMayDoWhatItNeedsAndNoMore(t *testing.T) {
 	cluster := startComposeNATS(t, "accounts.conf")
-	ctx := t.Context()
 	gateway, errs := cluster.connect(t, "gateway", "demo-gateway")
-	for _, bucket := range relayBuckets {
-		if _, err := gateway.CreateKeyValue(ctx, bucket); err != nil {
-			t.Fatalf("create %s: %v", bucket.Bucket, err)
-		}
-	}
+	createBuckets(t, gateway)
 	useBuckets(t, gateway)
 	keepOut(t, cluster, gateway, errs)
 }
@@ -238,11 +233,7 @@ func TestComposeNATS_GatewayWithoutTheRightToCreate(t *testing.T) {
 		wantViolation(t, errs, "$JS.API.STREAM.CREATE.KV_"+bucket.Bucket)
 	}
 	admin, _ := cluster.connect(t, "admin", "demo-admin")
-	for _, bucket := range relayBuckets {
-		if _, err := admin.CreateKeyValue(ctx, bucket); err != nil {
-			t.Fatalf("create %s as admin: %v", bucket.Bucket, err)
-		}
-	}
+	createBuckets(t, admin)
 	useBuckets(t, gateway)
 	keepOut(t, cluster, gateway, errs)
 }
@@ -251,6 +242,28 @@ func TestComposeNATS_GatewayWithoutTheRightToCreate(t *testing.T) {
 var relayBuckets = []jetstream.KeyValueConfig{
 	{Bucket: "pyrycode_relay_nodes", History: 1, Replicas: 3, TTL: 20 * time.Second, LimitMarkerTTL: time.Minute},
 	{Bucket: "pyrycode_relay_presence", History: 1, Replicas: 3, LimitMarkerTTL: time.Minute},
+}
+
+// createBuckets tries until it may: a cluster that has just formed knows of
+// fewer servers than it has ("no suitable peers").
+func createBuckets(t *testing.T, js jetstream.JetStream) {
+	t.Helper()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	deadline := time.After(deployWait)
+	for _, bucket := range relayBuckets {
+		for {
+			_, err := js.CreateKeyValue(t.Context(), bucket)
+			if err == nil {
+				break
+			}
+			select {
+			case <-tick.C:
+			case <-deadline:
+				t.Fatalf("create %s: %v", bucket.Bucket, err)
+			}
+		}
+	}
 }
 
 // useBuckets does to both buckets what a gateway does.
@@ -419,9 +432,8 @@ func (c natsCluster) connect(t *testing.T, user, password string) (jetstream.Jet
 	return js, errs
 }
 
-// One build for all that runs the built program.
 func TestDockerfile_BuildsStaticProgramThatRunsEverywhere(t *testing.T) {
-	program := buildAsDockerfile(t)
+	program := builtProgram.get(t)
 	t.Run("static", func(t *testing.T) {
 		file, err := elf.Open(program)
 		if err != nil {
@@ -440,7 +452,6 @@ func TestDockerfile_BuildsStaticProgramThatRunsEverywhere(t *testing.T) {
 		}
 	})
 	t.Run("gateways of the compose file", func(t *testing.T) { composeGatewaysMeet(t, program) })
-	t.Run("three relays with NATS inside", func(t *testing.T) { threeRelaysMeet(t, program) })
 }
 
 // composeGatewaysMeet starts the gateways of docker-compose.yml beside its NATS
@@ -482,25 +493,13 @@ func composeGatewaysMeet(t *testing.T, program string) {
 	smokeAcross(t, program, ports)
 }
 
-// threeRelaysMeet starts three relays that are their own NATS cluster.
-func threeRelaysMeet(t *testing.T, program string) {
-	const count = 3
-	ports := freePorts(t, 3*count)
-	listen, clients, routes := ports[:count], ports[count:2*count], ports[2*count:]
-	var pairs []string
-	for i := range count {
-		pairs = append(pairs,
-			fmt.Sprintf("127.0.0.1:422%d", i+1), fmt.Sprintf("127.0.0.1:%d", clients[i]),
-			fmt.Sprintf("127.0.0.1:622%d", i+1), fmt.Sprintf("127.0.0.1:%d", routes[i]))
-	}
-	pairs = append(pairs, "/tmp/pyrycode-relay", t.TempDir())
-	elsewhere := strings.NewReplacer(pairs...)
-	for i := range count {
-		name := fmt.Sprintf("relay-%d", i+1)
-		config := filepath.Join(t.TempDir(), name+".conf")
-		writeConfig(t, config, []byte(elsewhere.Replace(string(readShipped(t, "deploy/three-relays/"+name+".conf")))))
+func TestThreeRelays_AreTheirOwnNATSCluster(t *testing.T) {
+	t.Parallel() // an election is mostly waiting
+	program := builtProgram.get(t)
+	listen := freePorts(t, 3)
+	for i, config := range threeRelayConfigs(t) {
 		startProgram(t, program, nil, "serve", "--insecure-listen", fmt.Sprintf("127.0.0.1:%d", listen[i]),
-			"--metrics-listen", "", "--gateway-id", name, "--nats-config", config)
+			"--metrics-listen", "", "--gateway-id", fmt.Sprintf("relay-%d", i+1), "--nats-config", config)
 	}
 	for _, port := range listen {
 		waitForOK(t, fmt.Sprintf("http://127.0.0.1:%d/readyz", port))
@@ -518,21 +517,30 @@ func smokeAcross(t *testing.T, program string, ports []int) {
 	}
 }
 
-// buildAsDockerfile runs the build line of the Dockerfile and returns the program.
-func buildAsDockerfile(t *testing.T) string {
-	t.Helper()
-	match := regexp.MustCompile(`(?m)^RUN ((?:--mount=\S+ )*)(.*\bgo build .*-o /out/pyrycode-relay .*)$`).FindSubmatch(readShipped(t, "Dockerfile"))
-	if match == nil {
-		t.Fatal("the Dockerfile has no line RUN … go build … -o /out/pyrycode-relay …")
+// buildAsDockerfile runs the build line of the Dockerfile and returns the program,
+// alone in its directory.
+func buildAsDockerfile() (program string, err error) {
+	text, err := os.ReadFile(filepath.Join(repository, "Dockerfile"))
+	if err != nil {
+		return "", err
 	}
-	program := filepath.Join(t.TempDir(), "pyrycode-relay")
-	command := exec.CommandContext(t.Context(), "sh", "-c", strings.Replace(string(match[2]), "/out/pyrycode-relay", program, 1))
+	match := regexp.MustCompile(`(?m)^RUN ((?:--mount=\S+ )*)(.*\bgo build .*-o /out/pyrycode-relay .*)$`).FindSubmatch(text)
+	if match == nil {
+		return "", errors.New("the Dockerfile has no line RUN … go build … -o /out/pyrycode-relay …")
+	}
+	dir, err := os.MkdirTemp("", "pyrycode-relay-built-")
+	if err != nil {
+		return "", err
+	}
+	program = filepath.Join(dir, "pyrycode-relay")
+	command := exec.Command("sh", "-c", strings.Replace(string(match[2]), "/out/pyrycode-relay", program, 1))
 	command.Dir = repository
 	command.Env = append(os.Environ(), "VERSION=v0.0.0-deploy-test")
 	if out, err := command.CombinedOutput(); err != nil {
-		t.Fatalf("%s: %v\n%s", match[2], err, out)
+		os.RemoveAll(dir)
+		return "", fmt.Errorf("%s: %w\n%s", match[2], err, out)
 	}
-	return program
+	return program, nil
 }
 
 // runProgram runs the program to its end, which must be a good one, and returns

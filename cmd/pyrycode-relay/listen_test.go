@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -101,7 +102,7 @@ func TestListeners_EachServesItsOwn(t *testing.T) {
 		if status, body := exchange(t, conn, "any"); status != 200 || body != want {
 			t.Errorf("%s: got %d %q, want 200 %q", name, status, body, want)
 		}
-		line := fmt.Sprintf("level=INFO event=listening gateway=relay-1 addr=%s listener=%s\n", l.addr(t, name), name)
+		line := fmt.Sprintf("level=INFO gateway=relay-1 event=listening addr=%s listener=%s\n", l.addr(t, name), name)
 		if !strings.Contains(log.String(), line) {
 			t.Errorf("got log:\n%swant a line with %q", log, line)
 		}
@@ -151,7 +152,7 @@ func TestListeners_ShutdownLetsARequestEnd(t *testing.T) {
 		defer close(down)
 		<-begun
 		go func() {
-			waitRefused(t, addr)
+			waitRefused(addr)
 			close(finish)
 		}()
 		l.shutdown(t.Context())
@@ -168,7 +169,7 @@ func TestListeners_ShutdownLetsARequestEnd(t *testing.T) {
 }
 
 // waitRefused waits until nobody listens at addr.
-func waitRefused(t *testing.T, addr string) {
+func waitRefused(addr string) {
 	for {
 		conn, err := net.Dial("tcp", addr)
 		if err != nil {
@@ -258,7 +259,9 @@ func TestProxyProtocol(t *testing.T) {
 			}
 			l, _ := open(t, cfg, sayRemote)
 			raw := dialTCP(t, l.addr(t, "https"))
-			io.WriteString(raw, tt.header)
+			if _, err := io.WriteString(raw, tt.header); err != nil {
+				t.Fatal(err)
+			}
 			conn := tlsOver(raw)
 			if err := conn.Handshake(); err != nil || tt.want == "" {
 				conn.Close()
@@ -335,12 +338,14 @@ func TestServerLog_KeepsRequestsOut(t *testing.T) {
 	served := make(chan error)
 	go func() { served <- server.Serve(ln) }()
 	fmt.Fprint(client, "GET / HTTP/1.1\r\nHost: any\r\nX-Pyrycode-Token: secret\r\n\r\n")
-	client.Read(make([]byte, 1)) // returns when the handler has ended
+	_, _ = client.Read(make([]byte, 1)) // returns when the handler has ended
 	server.Close()
-	<-served
+	if err := <-served; !errors.Is(err, http.ErrServerClosed) {
+		t.Error(err)
+	}
 	server.ErrorLog.Print("http: TLS handshake error from 192.0.2.7:1: secret")
 	server.ErrorLog.Print("secret")
-	for _, want := range []string{"level=ERROR event=http_panic", "TestServerLog", "kind=tls_handshake", "kind=other"} {
+	for _, want := range []string{"level=ERROR gateway=relay-1 event=http_panic", "TestServerLog", "kind=tls_handshake", "kind=other"} {
 		if !strings.Contains(log.String(), want) {
 			t.Errorf("got log:\n%swant %q in it", &log, want)
 		}

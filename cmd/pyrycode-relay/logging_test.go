@@ -8,8 +8,8 @@ import (
 
 func TestLogger(t *testing.T) {
 	for format, want := range map[string]string{
-		"text": `^time=\S+ level=INFO event=listening gateway="relay 1" addr=127.0.0.1:1\n$`,
-		"json": `^\{"time":"[^"]+","level":"INFO","event":"listening","gateway":"relay 1","addr":"127.0.0.1:1"\}\n$`,
+		"text": `^time=\S+ level=INFO gateway="relay 1" event=listening addr=127.0.0.1:1\n$`,
+		"json": `^\{"time":"[^"]+","level":"INFO","gateway":"relay 1","event":"listening","addr":"127.0.0.1:1"\}\n$`,
 	} {
 		var out bytes.Buffer
 		newLogger(&out, format, "info", "relay 1").Info("listening", "addr", "127.0.0.1:1")

@@ -74,18 +74,33 @@ func serve(args []string, c console) int {
 	ctx, stop := untilSignal()
 	defer stop()
 	if err := run(ctx, cfg, log); err != nil {
-		log.Error("failed", "err", err)
+		log.Error("failed", "error", err)
 		return exitFailed
 	}
 	return exitOK
 }
 
 // untilSignal returns a context that ends with the first SIGINT or SIGTERM. The
-// second one has its default action: the program ends at once.
-func untilSignal() (context.Context, context.CancelFunc) {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop)
-	return ctx, stop
+// second one has its default action, however soon it comes: the program ends at
+// once. The caller must call cancel.
+func untilSignal() (ctx context.Context, cancel context.CancelFunc) {
+	ctx, cancel = context.WithCancel(context.Background())
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	go func() {
+		select {
+		case <-signals:
+		case <-ctx.Done():
+		}
+		signal.Stop(signals) // before the drain begins, and says so
+		cancel()
+		select {
+		case second := <-signals: // it came before Stop
+			_ = syscall.Kill(os.Getpid(), second.(syscall.Signal)) // cannot fail for itself
+		default:
+		}
+	}()
+	return ctx, cancel
 }
 
 // usageError prints err in one line.

@@ -12,7 +12,12 @@ import (
 	"github.com/pyrycode/pyrycode-relay/testenv"
 )
 
-func TestMain(m *testing.M) { os.Exit(testenv.VerifyNoLeaks(m.Run)) }
+func TestMain(m *testing.M) {
+	os.Exit(testenv.VerifyNoLeaks(func() int {
+		defer endShared()
+		return m.Run()
+	}))
+}
 
 // invoke runs the program with args in an empty environment.
 func invoke(t *testing.T, args ...string) (code int, stdout, stderr string) {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -70,7 +71,7 @@ func run(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 	close(stopWatching)
 	if !watched {
-		<-watching
+		failure = cmp.Or(failure, <-watching)
 	}
 	drain(cfg, reg, gw, servers, log)
 	return failure

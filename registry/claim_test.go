@@ -1,0 +1,352 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/pyrycode/pyrycode-relay/bus"
+)
+
+func TestFirstClaimWins(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		first := ns[0].mustClaim("id")
+		s.wantHolder(first)
+		for i, n := range ns {
+			before := first.pings.Load()
+			_, err := n.claim("id", WithoutProbe())
+			wantErr(t, fmt.Sprintf("claim without probe on node %d", i), err, ErrHeld)
+			if got := first.pings.Load(); got != before {
+				t.Errorf("claim without probe on node %d: %d pings, want none", i, got-before)
+			}
+			_, err = n.claim("id")
+			wantErr(t, fmt.Sprintf("claim on node %d", i), err, ErrServerIDConflict)
+			if got := first.pings.Load(); got != before+1 {
+				t.Errorf("claim on node %d: %d pings, want 1", i, got-before)
+			}
+		}
+		s.wantHolder(first)
+		wantQuiet(t, "first binary evicted", first.evicted)
+	})
+}
+
+func TestIncumbentWithoutPong_IsTakenOver(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		for i, other := range ns[:2] {
+			id := fmt.Sprint("id", i)
+			first := ns[0].mustClaim(id)
+			p := ns[2].mustDial(id)
+			first.dead.Store(true)
+			second := other.mustClaim(id)
+			s.wantHolder(second)
+			wantErr(t, "incumbent evicted", within(t, 2*time.Second, "eviction", first.evicted), ErrDisplaced)
+			wantErr(t, "its phone", within(t, 2*time.Second, "end of the phone's link", p.in.ends), bus.ErrReclaimed)
+			first.release() // as the evicted connection does when it ends
+			s.wantHolder(second)
+			wantQuiet(t, "a second eviction", first.evicted)
+			ns[2].mustDial(id)
+			if got := len(ns[2].PhonesFor(id)); got != 2 {
+				t.Errorf("phones of %s: got %d, want the one that ended, not yet unregistered, and the new one", id, got)
+			}
+		}
+	})
+}
+
+func TestClaimInGrace_SucceedsAtOnceAnywhere(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		b := ns[0].mustClaim("id")
+		for i, n := range []*node{ns[0], ns[1], ns[2], ns[0]} {
+			b.release()
+			start := time.Now()
+			b = n.mustClaim("id", WithoutProbe())
+			if d := time.Since(start); d > 500*time.Millisecond {
+				t.Errorf("reclaim %d took %s, want at once", i, d)
+			}
+			s.wantHolder(b)
+			if m := s.raw("id"); m.Header.Get("Nats-TTL") != "" {
+				t.Errorf("reclaim %d: held entry has TTL %s, want none", i, m.Header.Get("Nats-TTL"))
+			}
+		}
+		eventually(t, 2*time.Second, "only the last node holds it", func() bool {
+			return ns[1].localHolding("id") == nil && ns[2].localHolding("id") == nil
+		})
+	})
+}
+
+func TestClaimAfterGrace(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		s.cfg.Grace = time.Second
+		ns := s.three()
+		ns[0].mustClaim("id").release()
+		eventually(t, 5*time.Second, "grace over", func() bool { _, ok := s.entry("id"); return !ok })
+		s.wantHolder(ns[1].mustClaim("id", WithoutProbe()))
+	})
+}
+
+// The claim's answer is lost, and then it finds its own entry.
+func TestWriteTimedOutButCommitted_IsItsOwn(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		n.proxy.SetDelay(50 * time.Millisecond) // the answer is in the proxy when the observer sees the write
+		var once sync.Once
+		sub, err := s.nc.Subscribe("$KV."+s.cfg.KVPrefix+"_presence.id", func(*nats.Msg) {
+			once.Do(func() {
+				n.proxy.Hold()
+				time.AfterFunc(kvTimeout+200*time.Millisecond, n.proxy.Resume)
+			})
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = sub.Unsubscribe() }()
+		if err := s.nc.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		start := time.Now()
+		b := n.mustClaim("id")
+		if d := time.Since(start); d < kvTimeout {
+			t.Fatalf("claim took %s: the fault did not happen", d)
+		}
+		s.wantHolder(b)
+		if m := s.raw("id"); n.localHolding("id").revision != m.Sequence {
+			t.Errorf("revision: got %d, want the KV's %d", n.localHolding("id").revision, m.Sequence)
+		}
+	})
+}
+
+func TestHolderNodeDead_ClaimTakesLessThanASecond(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		s.write("never", entry{Node: "gone-00000000", Session: bus.NewSessionID(), State: stateHeld}.encode())
+		other := s.node()
+		other.mustClaim("killed")
+		other.kill()
+		for _, id := range []string{"never", "killed"} {
+			start := time.Now()
+			b := n.mustClaim(id, WithoutProbe())
+			if d := time.Since(start); d < deadCheckWait || d > time.Second {
+				t.Errorf("claim %s took %s, want between %s and 1 s", id, d, deadCheckWait)
+			}
+			s.wantHolder(b)
+		}
+	})
+}
+
+func TestOwnLeftoverEntry_IsClaimedOver(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		s.write("id", entry{Node: ns[0].id, Session: bus.NewSessionID(), State: stateHeld}.encode())
+		s.wantHolder(ns[0].mustClaim("id", WithoutProbe()))
+		s.write("id2", entry{Node: ns[0].id, Session: bus.NewSessionID(), State: stateHeld}.encode())
+		s.wantHolder(ns[1].mustClaim("id2"))
+	})
+}
+
+// A claim whose entry is in the KV is the holder's, although it does not know yet.
+func TestClaimUnderWay_IsNotALeftover(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		b := n.newBinary("id")
+		h := &holding{serverID: "id", session: bus.NewSessionID(), conn: b, opts: optionsFor(b, []Option{WithPing(b.ping)}), links: make(map[*bus.Link]bool)}
+		n.Registry.mu.Lock()
+		n.sessions[h.session] = h
+		n.Registry.mu.Unlock()
+		s.write("id", n.entryFor(h, stateHeld).encode())
+		_, err := n.claim("id", WithoutProbe())
+		wantErr(t, "claim without probe", err, ErrHeld)
+		_, err = n.claim("id")
+		wantErr(t, "claim", err, ErrServerIDConflict)
+	})
+}
+
+func TestNATSHoldsBytes_ClaimIsUndecidedAndItsEntryRemoved(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		ns[0].proxy.Hold()
+		start := time.Now()
+		_, err := ns[0].claim("id", WithoutProbe())
+		if d := time.Since(start); d > decideTimeout+300*time.Millisecond {
+			t.Errorf("claim took %s, want %s", d, decideTimeout)
+		}
+		wantErr(t, "claim", err, ErrUndecided)
+		if got := ns[0].localHolding("id"); got != nil {
+			t.Errorf("holding: got %+v, want none", got)
+		}
+		ns[0].proxy.Resume()
+		eventually(t, 5*time.Second, "the late write", func() bool { return s.raw("id") != nil })
+		eventually(t, sweepEvery+3*time.Second, "orphan removed", func() bool { _, ok := s.entry("id"); return !ok })
+		s.wantHolder(ns[1].mustClaim("id", WithoutProbe()))
+	})
+}
+
+// The orphan's entry is somebody else's by the time it is looked at.
+func TestOrphanRemoval_LeavesOthersAlone(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		b := ns[1].mustClaim("id")
+		for range 20 {
+			orphaned := bus.NewSessionID()
+			ns[0].addOrphan(orphaned, "id")
+			ns[0].removeOrphan(t.Context(), orphaned, orphan{serverID: "id"})
+		}
+		s.wantHolder(b)
+	})
+}
+
+func TestHolderNodeFrozen_ClaimIsUndecided(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		b := ns[1].mustClaim("id")
+		ns[1].proxy.Hold()
+		start := time.Now()
+		_, err := ns[0].claim("id", WithoutProbe())
+		wantErr(t, "claim", err, ErrUndecided)
+		if d := time.Since(start); d > decideTimeout+300*time.Millisecond {
+			t.Errorf("claim took %s, want %s at most", d, decideTimeout)
+		}
+		ns[1].proxy.Resume()
+		s.wantHolder(b)
+		wantQuiet(t, "eviction", b.evicted)
+	})
+}
+
+func TestEntryThatNoRelayWrote_IsClaimedOver(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		for i, value := range []string{
+			"", "not JSON", "{}", "[]", "null", `{"node":5}`, `{"node":"x"}`,
+			`{"node":"a b","session":"00112233445566778899aabbccddeeff","state":"held"}`,
+			`{"node":">","session":"00112233445566778899aabbccddeeff","state":"held"}`,
+			`{"node":"x","session":"00112233445566778899aabbccddeeff","state":"?"}`,
+			`{"node":"x","session":"short","state":"held"}`,
+		} {
+			id := fmt.Sprint("id", i)
+			s.write(id, []byte(value))
+			if _, err := n.dial(id); !errors.Is(err, ErrNoServer) {
+				t.Errorf("dial over %q: got %v, want %v", value, err, ErrNoServer)
+			}
+			start := time.Now()
+			b, err := n.claim(id, WithoutProbe())
+			if err != nil {
+				t.Errorf("claim over %q: %v", value, err)
+				continue
+			}
+			if d := time.Since(start); d > time.Second {
+				t.Errorf("claim over %q took %s", value, d)
+			}
+			s.wantHolder(b)
+		}
+	})
+}
+
+func TestContextEnds_ClaimIsUndecided(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		_, err := n.claim("id", WithContext(ctx))
+		wantErr(t, "claim", err, ErrUndecided)
+	})
+}
+
+func TestManyClaimsAtOnce_OneWins(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		for round := range 50 {
+			id := fmt.Sprint("id", round)
+			claimAtOnce(t, s, ns, id, 30)
+		}
+	})
+}
+
+func claimAtOnce(t *testing.T, s *scene, ns [3]*node, id string, claims int) {
+	t.Helper()
+	var (
+		winner atomic.Pointer[binary]
+		wins   atomic.Int64
+		wg     sync.WaitGroup
+		start  = make(chan struct{})
+	)
+	for i := range claims {
+		wg.Go(func() {
+			<-start
+			var opts []Option
+			if i%2 == 0 {
+				opts = append(opts, WithoutProbe())
+			}
+			b, err := ns[i%3].claim(id, opts...)
+			switch {
+			case err == nil:
+				winner.Store(b)
+				wins.Add(1)
+			case errors.Is(err, ErrServerIDConflict), errors.Is(err, ErrHeld), errors.Is(err, ErrUndecided):
+			default:
+				t.Errorf("%s: claim %d: %v", id, i, err)
+			}
+		})
+	}
+	close(start)
+	wg.Wait()
+	if wins.Load() != 1 {
+		t.Fatalf("%s: %d winners, want 1", id, wins.Load())
+	}
+	s.wantHolder(winner.Load())
+	wantQuiet(t, "the winner evicted", winner.Load().evicted)
+}
+
+// Somebody displaced the claim between its write and its return.
+func TestDisplacedBeforeInstalled_IsNotHeld(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		b := n.newBinary("id")
+		h := &holding{serverID: "id", session: bus.NewSessionID(), conn: b, opts: optionsFor(b, nil), links: make(map[*bus.Link]bool)}
+		n.Registry.mu.Lock()
+		n.sessions[h.session] = h
+		n.Registry.mu.Unlock()
+		s.write("id", entry{Node: n.id, Session: bus.NewSessionID(), State: stateGrace}.encode())
+		n.check(t.Context(), h)
+		err := n.claimed(h, entry{}, 1)
+		wantErr(t, "claimed", err, ErrUndecided)
+		if got := n.localHolding("id"); got != nil {
+			t.Errorf("holding: got state %d, want none", got.state)
+		}
+	})
+}
+
+// A release and a claim race for the same entry, on one node and on two.
+func TestReleaseAgainstClaim_EndsWithTheClaim(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		for round := range 40 {
+			id := fmt.Sprint("id", round)
+			first := ns[0].mustClaim(id)
+			var second *binary
+			var err error
+			var wg sync.WaitGroup
+			wg.Go(first.release)
+			wg.Go(func() { second, err = ns[round%2].claim(id) })
+			wg.Wait()
+			if errors.Is(err, ErrServerIDConflict) { // it came before the release
+				second = ns[round%2].mustClaim(id)
+			} else if err != nil {
+				t.Fatal(err)
+			}
+			s.wantHolder(second)
+			eventually(t, 2*time.Second, "one holder", func() bool {
+				h := ns[0].localHolding(id)
+				return h == nil || h.conn == second
+			})
+			s.wantHolder(second)
+			wantQuiet(t, "claimant evicted", second.evicted)
+		}
+	})
+}

@@ -1,0 +1,248 @@
+package registry
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/pyrycode/pyrycode-relay/bus"
+)
+
+func (s *scene) lease(n *node) *jetstream.RawStreamMsg {
+	s.t.Helper()
+	m := s.rawKey("_nodes", string(n.id))
+	if m == nil || ended(m) {
+		return nil
+	}
+	return m
+}
+
+func TestLease_IsKeptAndGivenBack(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		s.cfg.LeaseTTL = 3 * time.Second
+		n := s.node()
+		m := s.lease(n)
+		var e nodeEntry
+		if m == nil || json.Unmarshal(m.Data, &e) != nil {
+			t.Fatalf("lease: got %+v, want a node's entry", m)
+		}
+		want := nodeEntry{Version: "v0", Region: "here", State: nodeReady, Settings: settings{Grace: "2s", LeaseTTL: "3s", MaxPhones: 16}}
+		if e != want {
+			t.Errorf("lease: got %+v, want %+v", e, want)
+		}
+		eventually(t, s.cfg.LeaseTTL, "renewed", func() bool { return s.lease(n).Sequence > m.Sequence+2 })
+		n.Drain()
+		if err := n.Ready(); err == nil || !strings.Contains(err.Error(), "draining") {
+			t.Errorf("ready while draining: got %v", err)
+		}
+		eventually(t, time.Second, "others see that it drains", func() bool {
+			return json.Unmarshal(s.lease(n).Data, &e) == nil && e.State == nodeDraining
+		})
+		n.Stop(t.Context())
+		if m := s.lease(n); m != nil {
+			t.Errorf("lease after Stop: got %s, want none", m.Data)
+		}
+	})
+}
+
+func TestLeaseNotRenewed_NodeStopsDecidingAndKeepsWhatItHolds(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		s.cfg.LeaseTTL = 3 * time.Second
+		n := s.node()
+		b := n.mustClaim("id")
+		p := n.mustDial("id")
+		n.proxy.Hold()
+		start := time.Now()
+		eventually(t, s.cfg.LeaseTTL, "not ready", func() bool { return n.Ready() != nil })
+		if d := time.Since(start); d > s.cfg.freshFor()+100*time.Millisecond {
+			t.Errorf("not ready after %s, want %s at most", d, s.cfg.freshFor())
+		}
+		if err := n.Ready(); !strings.Contains(err.Error(), "lease not renewed") {
+			t.Errorf("ready: got %v, want that the lease is not renewed", err)
+		}
+		wantErr(t, "ready", n.Ready(), ErrNotReady)
+		_, err := n.claim("other")
+		wantErr(t, "claim", err, ErrNotReady)
+		_, err = n.dial("id")
+		wantErr(t, "dial", err, ErrNotReady)
+		p.send(t, "still here") // both ends are on this node
+		eventually(t, time.Second, "frame", func() bool { return len(b.in.got()) == 1 })
+		n.proxy.Resume()
+		eventually(t, 15*time.Second, "ready again", func() bool { return n.Ready() == nil })
+		wantQuiet(t, "eviction", b.evicted)
+		wantQuiet(t, "end of the phone", p.in.ends)
+		s.wantHolder(b)
+	})
+}
+
+func TestNotReady_Reasons(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		log := n.log
+		fresh := New(bus.New(n.conn, "fresh-00000000", bus.Config{}, log), s.cfg, log)
+		if err := fresh.Ready(); err == nil || !strings.Contains(err.Error(), "no lease yet") {
+			t.Errorf("before the first lease: got %v", err)
+		}
+		n.proxy.Refuse()
+		n.proxy.Cut()
+		eventually(t, 2*time.Second, "not connected", func() bool {
+			err := n.Ready()
+			return err != nil && strings.Contains(err.Error(), "not connected")
+		})
+		n.proxy.Accept()
+		n.waitReady()
+	})
+}
+
+// Connected means registered, whatever an operator deletes.
+func TestBucketDeleted_IsMadeAgainAndEntriesReturn(t *testing.T) {
+	for _, which := range [][]string{{"_nodes"}, {"_presence"}, {"_nodes", "_presence"}} {
+		t.Run(strings.Join(which, "+"), func(t *testing.T) {
+			onBoth(t, func(t *testing.T, s *scene) {
+				s.cfg.LeaseTTL = 10 * time.Second
+				ns := s.three()
+				b := ns[0].mustClaim("id")
+				p := ns[1].mustDial("id")
+				for _, bucket := range which {
+					if err := s.js.DeleteKeyValue(t.Context(), s.cfg.KVPrefix+bucket); err != nil {
+						t.Fatal(err)
+					}
+				}
+				eventually(t, s.cfg.renewEvery()+sweepEvery+2*time.Second, "all there again", func() bool {
+					if e, ok := s.entry("id"); !ok || e.Session != b.session() {
+						return false
+					}
+					for _, n := range ns {
+						if n.Ready() != nil || s.lease(n) == nil {
+							return false
+						}
+					}
+					return true
+				})
+				s.wantHolder(b)
+				wantQuiet(t, "eviction", b.evicted)
+				wantQuiet(t, "end of the phone", p.in.ends)
+				p.send(t, "still here")
+				eventually(t, 2*time.Second, "frame", func() bool { return len(b.in.got()) == 1 })
+				_, err := ns[2].claim("id")
+				wantErr(t, "claim elsewhere", err, ErrServerIDConflict)
+				ns[2].mustClaim("new")
+			})
+		})
+	}
+}
+
+func TestPresenceBucketDeleted_ANodeThatHoldsNothingMakesItAgain(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		if err := s.js.DeleteKeyValue(t.Context(), s.cfg.KVPrefix+"_presence"); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, 2*sweepEvery, "a claim succeeds", func() bool { _, err := n.claim("id", WithoutProbe()); return err == nil })
+	})
+}
+
+func TestLeaseDeleted_IsWrittenAgain(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		s.cfg.LeaseTTL = 3 * time.Second
+		n := s.node()
+		kv, err := s.js.KeyValue(t.Context(), s.cfg.KVPrefix+"_nodes")
+		if err != nil {
+			t.Fatal(err)
+		}
+		before := n.unbrokenFor()
+		if err := kv.Delete(t.Context(), string(n.id)); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, s.cfg.LeaseTTL, "lease there again", func() bool { return s.lease(n) != nil })
+		if err := n.Ready(); err != nil {
+			t.Errorf("ready: %v", err)
+		}
+		eventually(t, time.Second, "the lease counts as broken", func() bool { return n.unbrokenFor() < before+s.cfg.renewEvery() })
+	})
+}
+
+// A node is frozen longer than its lease: others take what it held, and it
+// notices when it thaws.
+func TestFrozenNode_LosesWhatItHolds(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		s.cfg.LeaseTTL = 3 * time.Second
+		ns := s.three()
+		first := ns[1].mustClaim("id")
+		p := ns[1].mustDial("id")
+		far := ns[2].mustDial("id")
+		eventually(t, 2*s.cfg.LeaseTTL, "a lease unbroken for a whole TTL", func() bool { return ns[0].unbrokenFor() > s.cfg.LeaseTTL })
+		ns[1].proxy.Hold()
+		start := time.Now()
+		var second *binary
+		eventually(t, 15*time.Second, "the claim elsewhere", func() bool {
+			b, err := ns[0].claim("id", WithoutProbe())
+			second = b
+			return err == nil
+		})
+		if d := time.Since(start); d < s.cfg.LeaseTTL-s.cfg.renewEvery()-time.Second {
+			t.Errorf("taken after %s, before the lease of %s ended", d, s.cfg.LeaseTTL)
+		}
+		wantErr(t, "phone elsewhere", within(t, 10*time.Second, "its end", far.in.ends), bus.ErrNodeGone)
+		s.wantHolder(second)
+		wantQuiet(t, "eviction while frozen", first.evicted)
+		ns[1].proxy.Resume()
+		wantErr(t, "incumbent", within(t, 15*time.Second, "eviction", first.evicted), ErrDisplaced)
+		wantErr(t, "its phone", within(t, 2*time.Second, "end", p.in.ends), bus.ErrReclaimed)
+		s.wantHolder(second)
+	})
+}
+
+func TestDeadNode_ItsEntriesBecomeGraceAndVanish(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		s.cfg.LeaseTTL = 3 * time.Second
+		ns := s.three()
+		held := ns[0].mustClaim("alive")
+		for i := range 20 {
+			ns[1].mustClaim(fmt.Sprint("id", i))
+		}
+		p := ns[2].mustDial("id0")
+		ns[1].kill()
+		start := time.Now()
+		wantErr(t, "phone of the dead node", within(t, 8*time.Second, "its end", p.in.ends), bus.ErrNodeGone)
+		if d := time.Since(start); d > 5*time.Second {
+			t.Errorf("phone was told after %s, want 5 s", d)
+		}
+		for i := range 20 {
+			id := fmt.Sprint("id", i)
+			eventually(t, 20*time.Second, "grace", func() bool {
+				e, ok := s.entry(id)
+				return !ok || e.State == stateGrace && s.raw(id).Header.Get("Nats-TTL") != ""
+			})
+			eventually(t, 10*time.Second, "vanished", func() bool { _, ok := s.entry(id); return !ok })
+		}
+		s.wantHolder(held)
+	})
+}
+
+// A living node whose lease an operator deletes is not dead.
+func TestLeaseDeletedByHand_EntriesAreNotReaped(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		s.cfg.LeaseTTL = 5 * time.Second
+		ns := s.three()
+		b := ns[1].mustClaim("id")
+		eventually(t, 2*s.cfg.LeaseTTL, "a lease unbroken for a whole TTL", func() bool { return ns[0].unbrokenFor() > s.cfg.LeaseTTL })
+		kv, err := s.js.KeyValue(t.Context(), s.cfg.KVPrefix+"_nodes")
+		if err != nil {
+			t.Fatal(err)
+		}
+		before := s.lease(ns[1]).Sequence // deleted right after a renewal
+		eventually(t, s.cfg.LeaseTTL, "renewal", func() bool { return s.lease(ns[1]).Sequence > before })
+		if err := kv.Delete(t.Context(), string(ns[1].id)); err != nil {
+			t.Fatal(err)
+		}
+		if err := ns[0].reap(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+		s.wantHolder(b)
+	})
+}

@@ -1,0 +1,260 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/pyrycode/pyrycode-relay/bus"
+)
+
+func TestUnknownID_IsErrNoServer(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		for i, n := range s.three() {
+			_, err := n.dial("id")
+			wantErr(t, fmt.Sprintf("dial on node %d", i), err, ErrNoServer)
+			if got := n.PhonesFor("id"); len(got) != 0 {
+				t.Errorf("phones on node %d: got %d, want none", i, len(got))
+			}
+		}
+	})
+}
+
+func TestPhones_AttachFromAnyNode(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		b := ns[0].mustClaim("id")
+		for i, n := range ns {
+			p := n.mustDial("id")
+			p.send(t, fmt.Sprint("from ", i))
+			eventually(t, 2*time.Second, "the phone's frame", func() bool { return len(b.in.got()) == i+1 })
+			if got := n.PhonesFor("id"); len(got) != 1 || got[0] != Conn(p) {
+				t.Errorf("phones on node %d: got %v, want %v", i, got, p)
+			}
+			if got := n.PhonesFor("other"); len(got) != 0 {
+				t.Errorf("phones of another id: got %v, want none", got)
+			}
+			p.hangUp()
+			p.hangUp()
+			if got := n.PhonesFor("id"); len(got) != 0 {
+				t.Errorf("phones on node %d after the end: got %v, want none", i, got)
+			}
+			wantErr(t, "binary is told", within(t, 2*time.Second, "end of the link", b.in.ends), bus.CodeError(goingAway))
+		}
+	})
+}
+
+// From the instant that a claim returned, nobody is told that there is no server.
+func TestClaimedNow_EveryNodeFindsIt(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		for i := range 200 {
+			id := fmt.Sprint("id", i)
+			ns[i%3].mustClaim(id)
+			var wg sync.WaitGroup
+			for j, n := range ns {
+				wg.Go(func() {
+					if _, err := n.dial(id); err != nil {
+						t.Errorf("%s held by node %d, dial on node %d: %v", id, i%3, j, err)
+					}
+				})
+			}
+			wg.Wait()
+		}
+	})
+}
+
+func TestPhoneCap_CountsTheCluster(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		s.cfg.Grace = time.Second
+		ns := s.three()
+		b := ns[0].mustClaim("id")
+		var phones []*testPhone
+		for i := range 16 {
+			phones = append(phones, ns[i%3].mustDial("id"))
+		}
+		for i, n := range ns {
+			_, err := n.dial("id")
+			wantErr(t, fmt.Sprintf("17th phone on node %d", i), err, ErrTooManyPhones)
+		}
+		ns[2].mustClaim("another")
+		ns[1].mustDial("another") // has room of its own
+		for i, n := range ns {
+			phones[i].hangUp()
+			eventually(t, 2*time.Second, "room for another phone", func() bool { _, err := n.dial("id"); return err == nil })
+			_, err := n.dial("id")
+			wantErr(t, fmt.Sprintf("17th phone on node %d", i), err, ErrTooManyPhones)
+		}
+		// No server wins over too many phones.
+		b.release()
+		_, err := ns[1].dial("id")
+		wantErr(t, "17th phone in grace", err, ErrTooManyPhones)
+		eventually(t, 5*time.Second, "grace over", func() bool { _, ok := s.entry("id"); return !ok })
+		for i, n := range ns {
+			_, err := n.dial("id")
+			wantErr(t, fmt.Sprintf("phone after the grace on node %d", i), err, ErrNoServer)
+		}
+	})
+}
+
+// A replica still names a session that has been superseded.
+func TestStaleHint_LeadsToTheNewHolder(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		b := ns[2].mustClaim("id")
+		now := s.raw("id").Data
+		ns[1].proxy.SetDelay(50 * time.Millisecond) // its refusal takes a while
+		opened := make(chan struct{}, 16)
+		sub, err := s.nc.Subscribe("pyrycode.relay.v1."+string(ns[1].id)+".server.id", func(*nats.Msg) { opened <- struct{}{} })
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = sub.Unsubscribe() }()
+		if err := s.nc.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		s.write("id", entry{Node: ns[1].id, Session: bus.NewSessionID(), State: stateHeld}.encode())
+		result := make(chan error, 1)
+		go func() { _, err := ns[0].dial("id"); result <- err }()
+		within(t, 2*time.Second, "the old holder is asked", opened)
+		s.write("id", now)
+		wantErr(t, "dial", within(t, 5*time.Second, "dial returns", result), nil)
+		s.wantHolder(b)
+	})
+}
+
+// The KV names a session that its node does not know.
+func TestHolderSaysNo_IsErrNoServer(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		s.write("id", entry{Node: ns[1].id, Session: bus.NewSessionID(), State: stateHeld}.encode())
+		for i, n := range ns {
+			start := time.Now()
+			_, err := n.dial("id")
+			wantErr(t, fmt.Sprintf("dial on node %d", i), err, ErrNoServer)
+			if d := time.Since(start); d > time.Second {
+				t.Errorf("dial on node %d took %s", i, d)
+			}
+		}
+	})
+}
+
+func TestHolderNodeFrozen_DialIsUndecided(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		ns[1].mustClaim("id")
+		ns[1].proxy.Hold()
+		wantUndecidedDial(t, ns[0])
+		ns[1].proxy.Resume()
+		ns[0].mustDial("id")
+	})
+}
+
+func TestNATSHoldsBytes_DialIsUndecided(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		ns[1].mustClaim("id")
+		ns[0].proxy.Hold()
+		wantUndecidedDial(t, ns[0])
+		ns[0].proxy.Resume()
+		eventually(t, 5*time.Second, "the phone gets through", func() bool { _, err := ns[0].dial("id"); return err == nil })
+	})
+}
+
+func wantUndecidedDial(t *testing.T, n *node) {
+	t.Helper()
+	start := time.Now()
+	_, err := n.dial("id")
+	wantErr(t, "dial", err, ErrUndecided)
+	if d := time.Since(start); d > decideTimeout+200*time.Millisecond {
+		t.Errorf("dial took %s, want %s", d, decideTimeout)
+	}
+	if got := n.PhonesFor("id"); len(got) != 0 {
+		t.Errorf("phones: got %d, want none", len(got))
+	}
+}
+
+func TestHolderNodeDead_DialWaitsForProof(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		ns[1].mustClaim("id")
+		ns[1].kill()
+		eventually(t, 2*time.Second, "nobody responds", func() bool {
+			return errors.Is(ns[0].Bus().Hello(t.Context(), ns[1].id), bus.ErrNoResponders)
+		})
+		start := time.Now()
+		_, err := ns[0].dial("id")
+		wantErr(t, "dial", err, ErrNoServer)
+		if d := time.Since(start); d < 3500*time.Millisecond || d > 4300*time.Millisecond {
+			t.Errorf("dial took %s, want about %s", d, deadAfter)
+		}
+	})
+}
+
+// A node without responders, and then a KV that does not answer, prove nothing.
+func TestSilenceThenNoLookUp_IsUndecided(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		long := time.Now().Add(-deadAfter)
+		a := attempt{r: n.Registry, p: &phone{serverID: "id"}, err: errUnknown, silent: "gone-00000000", since: long, heard: long}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if done, err := a.try(ctx); done {
+			t.Fatalf("try: got done with %v, want to go on", err)
+		}
+		wantErr(t, "silent 4 s ago", a.giveUp(), ErrUndecided)
+		a.heard = time.Now()
+		wantErr(t, "silent ever since", a.giveUp(), ErrNoServer)
+	})
+}
+
+// While its holder changes its NATS server, nobody responds for a moment.
+func TestHolderComesBack_DialWaitsForIt(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		ns[1].mustClaim("id")
+		ns[1].proxy.Refuse()
+		ns[1].proxy.Cut()
+		eventually(t, 2*time.Second, "nobody responds", func() bool {
+			return errors.Is(ns[0].Bus().Hello(t.Context(), ns[1].id), bus.ErrNoResponders)
+		})
+		time.AfterFunc(1500*time.Millisecond, ns[1].proxy.Accept)
+		ns[0].mustDial("id")
+	})
+}
+
+func TestNodeNotReady_DecidesNothing(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		ns[1].mustClaim("id")
+		ns[0].Drain()
+		_, err := ns[0].dial("id")
+		wantErr(t, "dial", err, ErrNotReady)
+		_, err = ns[0].dial("unknown")
+		wantErr(t, "dial unknown", err, ErrNotReady)
+		_, err = ns[0].claim("free")
+		wantErr(t, "claim", err, ErrNotReady)
+	})
+}
+
+func TestPhoneGoneMeanwhile_IsErrClosed(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		s.write("id", entry{Node: "gone-00000000", Session: bus.NewSessionID(), State: stateHeld}.encode())
+		p := &testPhone{fakeConn: newConn(), at: ns[0], serverID: "id", in: newInbox()}
+		p.link = ns[0].Bus().NewLink("id", p.id, p.in)
+		result := make(chan error, 1)
+		go func() { result <- ns[0].RegisterPhone("id", p, WithLink(p.link)) }()
+		eventually(t, 2*time.Second, "the phone is known", func() bool { return len(ns[0].PhonesFor("id")) == 1 })
+		p.hangUp()
+		wantErr(t, "register", within(t, 2*time.Second, "register returns", result), ErrClosed)
+		if got := len(ns[0].PhonesFor("id")); got != 0 {
+			t.Errorf("phones: got %d, want none", got)
+		}
+	})
+}

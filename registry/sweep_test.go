@@ -1,0 +1,52 @@
+package registry
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/pyrycode/pyrycode-relay/bus"
+)
+
+// remove deletes a server-id's key by hand.
+func (s *scene) remove(serverID string) {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	kv, err := s.js.KeyValue(ctx, s.cfg.KVPrefix+"_presence")
+	if err == nil {
+		err = kv.Delete(ctx, bus.EncodeToken(serverID))
+	}
+	if err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func TestEntryDeleted_IsWrittenAgain(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		b := ns[0].mustClaim("id")
+		p := ns[1].mustDial("id")
+		s.remove("id")
+		eventually(t, sweepEvery+time.Second, "entry there again", func() bool { _, ok := s.entry("id"); return ok })
+		s.wantHolder(b)
+		wantQuiet(t, "eviction", b.evicted)
+		wantQuiet(t, "end of the phone", p.in.ends)
+	})
+}
+
+func TestAnotherSessionInTheKV_DisplacesTheHolder(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		b := ns[0].mustClaim("id")
+		p := ns[1].mustDial("id")
+		s.write("id", entry{Node: ns[1].id, Session: bus.NewSessionID(), State: stateHeld}.encode())
+		wantErr(t, "eviction", within(t, sweepEvery+time.Second, "eviction", b.evicted), ErrDisplaced)
+		wantErr(t, "its phone", within(t, 2*time.Second, "end", p.in.ends), bus.ErrReclaimed)
+		b.release()
+		if e, _ := s.entry("id"); e.State != stateHeld || e.Node != ns[1].id {
+			t.Errorf("entry: got %+v, want the other session's", e)
+		}
+		wantQuiet(t, "a second eviction", b.evicted)
+	})
+}
