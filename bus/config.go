@@ -42,8 +42,10 @@ const (
 	// round trip between regions a few hundred.
 	openTimeout = time.Second
 
-	// helloTimeout is how long a node has to say that it is there.
-	helloTimeout = time.Second
+	// helloTimeout is how long a node has to say that it is there. A HELLO right
+	// after a node's death may be swallowed without an answer, and a claim that waits
+	// for it must stay well under a second.
+	helloTimeout = 400 * time.Millisecond
 
 	// subscriptionMessages and subscriptionBytes bound what waits between the NATS
 	// connection and the dispatch goroutine, which never blocks: room for the
@@ -61,7 +63,7 @@ const (
 	natsPingInterval = 3 * time.Second
 	natsPings        = 2
 	natsDialTimeout  = 2 * time.Second
-	natsFlushTimeout = 3 * time.Second
+	natsFlushTimeout = time.Second
 	// jsTimeout bounds a JetStream call whose context has no deadline.
 	jsTimeout = 2 * time.Second
 

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
@@ -37,6 +38,8 @@ type Conn struct {
 	srv        *server.Server
 	configured int    // servers in srv's cluster
 	tmp        string // store directory that Close removes
+
+	connected atomic.Bool
 
 	mu        sync.Mutex
 	disturbed []func()
@@ -91,13 +94,18 @@ func (c *Conn) options(node NodeID, log *slog.Logger) []nats.Option {
 		nats.FlusherTimeout(natsFlushTimeout),
 		nats.ReconnectBufSize(-1), // links send again; an old buffer would replay stale frames
 		nats.NoEcho(),
-		nats.ConnectHandler(func(*nats.Conn) { log.Info("nats_connected") }),
+		nats.ConnectHandler(func(*nats.Conn) {
+			c.connected.Store(true)
+			log.Info("nats_connected")
+		}),
 		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
+			c.connected.Store(false)
 			if err != nil {
 				log.Warn("nats_disconnected", "error", redact(err))
 			}
 		}),
 		nats.ReconnectHandler(func(*nats.Conn) {
+			c.connected.Store(true)
 			log.Info("nats_reconnected")
 			c.tellDisturbed()
 		}),
@@ -177,8 +185,9 @@ func (c *Conn) serverOptions(cfg ConnConfig) (*server.Options, error) {
 // Embedded reports whether the NATS server runs in this process.
 func (c *Conn) Embedded() bool { return c.srv != nil }
 
-// Connected reports whether the connection to NATS is up.
-func (c *Conn) Connected() bool { return c.nc.IsConnected() }
+// Connected reports whether the connection to NATS is up. It does not wait, as
+// asking the NATS client would while that writes.
+func (c *Conn) Connected() bool { return c.connected.Load() }
 
 // MaxPayload is the largest message in bytes that the server takes; 0 before the
 // first connect.

@@ -110,6 +110,8 @@ func (r *Registry) mayTake(ctx context.Context, h *holding, found entry) error {
 	if h.opts.noProbe {
 		return ErrHeld
 	}
+	ctx, cancel := context.WithTimeout(ctx, r.cfg.ProbeTimeout+answerTime)
+	defer cancel()
 	alive, err := r.bus.Challenge(ctx, found.Node, h.serverID, found.Session)
 	switch {
 	case err != nil:

@@ -60,6 +60,9 @@ const (
 	// parkTimeout bounds a claim that is parked after its 101 for another reason than
 	// a probe under way.                               (protocol.md: Close codes)
 	parkTimeout = 10 * time.Second
+	// answerTime is what the holder's node has beyond ProbeTimeout to say how the
+	// probe went.
+	answerTime = 500 * time.Millisecond
 	// kvTimeout bounds one KV call, so that a slow replica leaves time for another.
 	kvTimeout = 1500 * time.Millisecond
 	// retryWait and retryWaitMax pace attempts that met an unknown outcome.

@@ -171,7 +171,7 @@ func (r *Registry) writeHolding(ctx context.Context, h *holding) error {
 		found, ok := entryOf(there)
 		switch {
 		case ok && found.Session != h.session:
-			r.supersede(h)
+			r.lostTo(ctx, h, there, found)
 			return nil
 		case ok && found.State == e.State && errors.Is(err, errUnknown):
 			r.wrote(h, state, there.revision) // it had been written after all

@@ -12,6 +12,7 @@ import (
 
 func TestRelease_BeginsGraceThatTheKVEnds(t *testing.T) {
 	onBoth(t, func(t *testing.T, s *scene) {
+		s.cfg.Grace = 4 * time.Second
 		ns := s.three()
 		b := ns[0].mustClaim("id")
 		session := b.session()
@@ -26,17 +27,17 @@ func TestRelease_BeginsGraceThatTheKVEnds(t *testing.T) {
 		if !ok || e.State != stateGrace || e.Session != session || e.Node != ns[0].id {
 			t.Fatalf("entry: got %+v (%v), want grace of %s", e, ok, session)
 		}
-		if got := s.raw("id").Header.Get("Nats-TTL"); got != "2s" {
-			t.Errorf("TTL of a grace entry: got %q, want 2s", got)
+		if got := s.raw("id").Header.Get("Nats-TTL"); got != "4s" {
+			t.Errorf("TTL of a grace entry: got %q, want 4s", got)
 		}
 		phones = append(phones, ns[2].mustDial("id"), ns[0].mustDial("id"))
 		for i, p := range phones {
 			wantQuiet(t, fmt.Sprintf("phone %d in grace", i), p.in.ends)
 		}
 		for i, p := range phones {
-			wantErr(t, fmt.Sprintf("phone %d", i), within(t, 5*time.Second, "end of grace", p.in.ends), bus.ErrGraceOver)
+			wantErr(t, fmt.Sprintf("phone %d", i), within(t, 8*time.Second, "end of grace", p.in.ends), bus.ErrGraceOver)
 		}
-		if d := time.Since(start); d < s.cfg.Grace || d > s.cfg.Grace+time.Second {
+		if d := time.Since(start); d < s.cfg.Grace || d > s.cfg.Grace+2*time.Second {
 			t.Errorf("grace took %s, want %s", d, s.cfg.Grace)
 		}
 		eventually(t, 3*time.Second, "key gone", func() bool { _, ok := s.entry("id"); return !ok })
@@ -65,6 +66,7 @@ func TestRelease_OfWhoDoesNotHold_DoesNothing(t *testing.T) {
 // what they have sent.
 func TestReclaim_MovesPhonesThatCameInGrace(t *testing.T) {
 	onBoth(t, func(t *testing.T, s *scene) {
+		s.cfg.Grace = 20 * time.Second
 		ns := s.three()
 		for i, to := range ns[:2] {
 			id := fmt.Sprint("id", i)

@@ -101,8 +101,7 @@ func (r *Registry) leaseTrouble(err error) {
 	r.lease.mu.Lock()
 	stale := !r.lease.renewed.IsZero() && !r.lease.freshLocked(r.cfg, time.Now())
 	r.lease.mu.Unlock()
-	level := r.troubleOnce(stale)
-	if level {
+	if r.troubleOnce(stale) {
 		r.log.Warn("lease_not_renewed", "deciding", !stale, "error", err.Error())
 	}
 }

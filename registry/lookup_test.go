@@ -71,7 +71,7 @@ func TestClaimedNow_EveryNodeFindsIt(t *testing.T) {
 
 func TestPhoneCap_CountsTheCluster(t *testing.T) {
 	onBoth(t, func(t *testing.T, s *scene) {
-		s.cfg.Grace = time.Second
+		s.cfg.Grace = 3 * time.Second
 		ns := s.three()
 		b := ns[0].mustClaim("id")
 		var phones []*testPhone
@@ -94,7 +94,7 @@ func TestPhoneCap_CountsTheCluster(t *testing.T) {
 		b.release()
 		_, err := ns[1].dial("id")
 		wantErr(t, "17th phone in grace", err, ErrTooManyPhones)
-		eventually(t, 5*time.Second, "grace over", func() bool { _, ok := s.entry("id"); return !ok })
+		eventually(t, 8*time.Second, "grace over", func() bool { _, ok := s.entry("id"); return !ok })
 		for i, n := range ns {
 			_, err := n.dial("id")
 			wantErr(t, fmt.Sprintf("phone after the grace on node %d", i), err, ErrNoServer)

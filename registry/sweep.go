@@ -2,8 +2,7 @@ package registry
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -25,9 +24,14 @@ func (r *Registry) sweepLoop(ctx context.Context) {
 		case <-ticker.C:
 		case <-r.sweepNow:
 		}
-		if r.Ready() == nil {
-			r.sweep(ctx)
+		if r.Ready() != nil {
+			continue
 		}
+		if err := r.createBuckets(ctx); err != nil { // one may have been deleted
+			r.log.Warn("bucket_missing", "error", err.Error())
+			continue
+		}
+		r.sweep(ctx)
 	}
 }
 
@@ -39,17 +43,12 @@ func (r *Registry) sweep(ctx context.Context) {
 	for _, h := range r.current {
 		holdings = append(holdings, h)
 	}
-	orphans := make(map[bus.SessionID]orphan, len(r.orphans))
-	for s, o := range r.orphans {
-		orphans[s] = o
-	}
+	orphans := maps.Clone(r.orphans)
 	r.mu.Unlock()
 	for chunk := range slices.Chunk(holdings, maxGetMany) {
 		eachOf(r.differing(ctx, chunk), sweepWorkers, func(h *holding) { r.check(ctx, h) })
 	}
-	for s, o := range orphans {
-		r.removeOrphan(ctx, s, o)
-	}
+	eachOf(slices.Collect(maps.Keys(orphans)), sweepWorkers, func(s bus.SessionID) { r.removeOrphan(ctx, s, orphans[s]) })
 	r.lookAtNodes(ctx)
 }
 
@@ -102,7 +101,7 @@ func (r *Registry) check(ctx context.Context, h *holding) {
 	e, ok := entryOf(rec)
 	switch {
 	case ok && e.Session != h.session:
-		r.supersede(h)
+		r.lostTo(ctx, h, rec, e)
 	case ok && r.agrees(h, e):
 	default:
 		r.wrote(h, claiming, rec.revision)
@@ -112,6 +111,20 @@ func (r *Registry) check(ctx context.Context, h *holding) {
 			r.log.Debug("entry_not_written", "server_id", logID(h.serverID), "error", err.Error())
 		}
 	}
+}
+
+// lostTo supersedes h if rec, which names another session, is what the KV says
+// now: an old leader that was cut off would answer with what it knew. Writing the
+// entry once more as it is proves it.
+func (r *Registry) lostTo(ctx context.Context, h *holding, rec record, e entry) {
+	ttl := time.Duration(0)
+	if e.State == stateGrace {
+		ttl = r.cfg.Grace
+	}
+	if _, err := r.presence.put(ctx, h.key(), rec.value, rec.revision, ttl); err != nil {
+		return // it has changed, or nobody can tell: the next sweep looks again
+	}
+	r.supersede(h)
 }
 
 // agrees reports whether the KV's entry of h says what h is.
@@ -132,144 +145,10 @@ func (r *Registry) removeOrphan(ctx context.Context, s bus.SessionID, o orphan) 
 	} else if time.Now().Before(o.until) {
 		return
 	}
-	if errors.Is(err, errUnknown) {
-		return
+	if err != nil {
+		return // the next sweep looks again; what changed may be our own late write
 	}
 	r.mu.Lock()
 	delete(r.orphans, s)
 	r.mu.Unlock()
-}
-
-// watchLoop asks the nodes that links lead to whether they are there.
-func (r *Registry) watchLoop(ctx context.Context) {
-	for {
-		wait := watchEvery
-		nodes := r.bus.LinkedNodes()
-		eachOf(nodes, len(nodes), func(n bus.NodeID) { r.watch(ctx, n) })
-		r.mu.Lock()
-		if len(r.suspects) > 0 {
-			wait = suspectEvery
-		}
-		r.mu.Unlock()
-		if !pause(ctx, wait) {
-			return
-		}
-	}
-}
-
-// watch asks one node. Its links end when it is dead: nobody has responded for
-// deadAfter without a break, or its lease is gone.
-func (r *Registry) watch(ctx context.Context, n bus.NodeID) {
-	err := r.bus.Hello(ctx, n)
-	if err == nil || !r.bus.Conn().Connected() { // this node learns nothing about others while it is cut off itself
-		r.mu.Lock()
-		delete(r.suspects, n)
-		r.mu.Unlock()
-		return
-	}
-	now := time.Now()
-	r.mu.Lock()
-	since, suspected := r.suspects[n]
-	if !errors.Is(err, bus.ErrNoResponders) {
-		since = now // it has subscribers, so it may be frozen: only its lease tells
-	}
-	if !suspected {
-		since = now
-	}
-	r.suspects[n] = since
-	r.mu.Unlock()
-	if now.Sub(since) < deadAfter && !r.leaseGone(ctx, n) {
-		return
-	}
-	r.log.Warn("node_gone", "node", string(n))
-	r.bus.EndNode(n)
-	r.mu.Lock()
-	delete(r.suspects, n)
-	r.mu.Unlock()
-}
-
-// lookAtNodes reads the leases of all nodes. It warns of settings that differ, and
-// turns what dead nodes held into grace, if this node is the one to do that.
-func (r *Registry) lookAtNodes(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, decideTimeout)
-	defer cancel()
-	alive, err := r.leases(ctx)
-	if err != nil {
-		return
-	}
-	me, first := r.bus.Node(), r.bus.Node()
-	for n, e := range alive {
-		first = min(first, n)
-		if _, known := r.known[n]; !known && n != me && e.Settings != r.settings() {
-			r.log.Warn("settings_differ", "node", string(n), "theirs", e.Settings, "ours", r.settings())
-		}
-	}
-	for n := range r.known {
-		if _, ok := alive[n]; !ok {
-			r.reapDue = true
-		}
-	}
-	r.known = alive
-	if r.reapDue && first == me && r.unbrokenFor() >= r.cfg.LeaseTTL {
-		r.reapDue = r.reap(ctx, alive) != nil
-	}
-}
-
-// leases lists the nodes that have one: a hint.
-func (r *Registry) leases(ctx context.Context) (map[bus.NodeID]nodeEntry, error) {
-	keys, err := r.nodes.keys(ctx)
-	if err != nil {
-		return nil, err
-	}
-	found, err := r.nodes.getMany(ctx, keys)
-	if err != nil {
-		return nil, err
-	}
-	alive := make(map[bus.NodeID]nodeEntry, len(found))
-	for key, rec := range found {
-		var e nodeEntry
-		if rec.exists && json.Unmarshal(rec.value, &e) == nil {
-			alive[bus.NodeID(key)] = e
-		}
-	}
-	return alive, nil
-}
-
-// reap turns the entries that dead nodes hold into grace, so that they end. Of
-// several nodes that try, the KV lets one succeed.
-func (r *Registry) reap(ctx context.Context, alive map[bus.NodeID]nodeEntry) error {
-	dead := make(map[bus.NodeID]bool)
-	type left struct {
-		key string
-		rev uint64
-		entry
-	}
-	var entries []left
-	err := r.presence.each(ctx, func(key string, rec record) {
-		e, ok := entryOf(rec)
-		if !ok || e.State != stateHeld {
-			return
-		}
-		if _, ok := alive[e.Node]; ok {
-			return
-		}
-		entries = append(entries, left{key, rec.revision, e})
-		dead[e.Node] = false
-	})
-	if err != nil {
-		return err
-	}
-	for n := range dead {
-		dead[n] = r.leaseGone(ctx, n)
-	}
-	eachOf(entries, sweepWorkers, func(l left) {
-		if !dead[l.Node] {
-			return
-		}
-		l.State = stateGrace
-		if _, err := r.presence.put(ctx, l.key, l.encode(), l.rev, r.cfg.Grace); err == nil {
-			r.log.Info("server_orphaned", "node", string(l.Node))
-		}
-	})
-	return nil
 }

@@ -1,0 +1,147 @@
+package registry
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/pyrycode/pyrycode-relay/bus"
+)
+
+// watchLoop asks the nodes that links lead to whether they are there.
+func (r *Registry) watchLoop(ctx context.Context) {
+	for {
+		wait := watchEvery
+		nodes := r.bus.LinkedNodes()
+		eachOf(nodes, len(nodes), func(n bus.NodeID) { r.watch(ctx, n) })
+		r.mu.Lock()
+		maps.DeleteFunc(r.suspects, func(n bus.NodeID, _ time.Time) bool { return !slices.Contains(nodes, n) })
+		if len(r.suspects) > 0 {
+			wait = suspectEvery
+		}
+		r.mu.Unlock()
+		if !pause(ctx, wait) {
+			return
+		}
+	}
+}
+
+// watch asks one node. Its links end when it is dead: nobody has responded for
+// deadAfter without a break, or its lease is gone.
+func (r *Registry) watch(ctx context.Context, n bus.NodeID) {
+	err := r.bus.Hello(ctx, n)
+	if err == nil || !r.bus.Conn().Connected() { // this node learns nothing about others while it is cut off itself
+		r.mu.Lock()
+		delete(r.suspects, n)
+		r.mu.Unlock()
+		return
+	}
+	now := time.Now()
+	r.mu.Lock()
+	since, suspected := r.suspects[n]
+	if !errors.Is(err, bus.ErrNoResponders) {
+		since = now // it has subscribers, so it may be frozen: only its lease tells
+	}
+	if !suspected {
+		since = now
+	}
+	r.suspects[n] = since
+	r.mu.Unlock()
+	if now.Sub(since) < deadAfter && !r.leaseGone(ctx, n) {
+		return
+	}
+	r.log.Warn("node_gone", "node", string(n))
+	r.bus.EndNode(n)
+	r.mu.Lock()
+	delete(r.suspects, n)
+	r.mu.Unlock()
+}
+
+// lookAtNodes reads the leases of all nodes. It warns of settings that differ, and
+// turns what dead nodes held into grace, if this node is the one to do that.
+func (r *Registry) lookAtNodes(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, decideTimeout)
+	defer cancel()
+	alive, err := r.leases(ctx)
+	if err != nil {
+		return
+	}
+	me, first := r.bus.Node(), r.bus.Node()
+	for n, e := range alive {
+		first = min(first, n)
+		if _, known := r.known[n]; !known && n != me && e.Settings != r.settings() {
+			r.log.Warn("settings_differ", "node", string(n), "theirs", e.Settings, "ours", r.settings())
+		}
+	}
+	for n := range r.known {
+		if _, ok := alive[n]; !ok {
+			r.reapDue = true
+		}
+	}
+	r.known = alive
+	if r.reapDue && first == me && r.unbrokenFor() >= r.cfg.LeaseTTL {
+		r.reapDue = r.reap(ctx, alive) != nil
+	}
+}
+
+// leases lists the nodes that have one: a hint.
+func (r *Registry) leases(ctx context.Context) (map[bus.NodeID]nodeEntry, error) {
+	keys, err := r.nodes.keys(ctx)
+	if err != nil {
+		return nil, err
+	}
+	found, err := r.nodes.getMany(ctx, keys)
+	if err != nil {
+		return nil, err
+	}
+	alive := make(map[bus.NodeID]nodeEntry, len(found))
+	for key, rec := range found {
+		var e nodeEntry
+		if rec.exists && json.Unmarshal(rec.value, &e) == nil {
+			alive[bus.NodeID(key)] = e
+		}
+	}
+	return alive, nil
+}
+
+// reap turns the entries that dead nodes hold into grace, so that they end. Of
+// several nodes that try, the KV lets one succeed.
+func (r *Registry) reap(ctx context.Context, alive map[bus.NodeID]nodeEntry) error {
+	dead := make(map[bus.NodeID]bool)
+	type left struct {
+		key string
+		rev uint64
+		entry
+	}
+	var entries []left
+	err := r.presence.each(ctx, func(key string, rec record) {
+		e, ok := entryOf(rec)
+		if !ok || e.State != stateHeld {
+			return
+		}
+		if _, ok := alive[e.Node]; ok {
+			return
+		}
+		entries = append(entries, left{key, rec.revision, e})
+		dead[e.Node] = false
+	})
+	if err != nil {
+		return err
+	}
+	for n := range dead {
+		dead[n] = r.leaseGone(ctx, n) && r.bus.Hello(ctx, n) != nil // a lease may be deleted by hand
+	}
+	eachOf(entries, sweepWorkers, func(l left) {
+		if !dead[l.Node] {
+			return
+		}
+		l.State = stateGrace
+		if _, err := r.presence.put(ctx, l.key, l.encode(), l.rev, r.cfg.Grace); err == nil {
+			r.log.Info("server_orphaned", "node", string(l.Node))
+		}
+	})
+	return nil
+}
