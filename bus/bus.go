@@ -58,7 +58,11 @@ type Bus struct {
 
 	ctx    context.Context // ends with the bus
 	cancel context.CancelFunc
-	tasks  sync.WaitGroup
+	tasks  sync.WaitGroup // one for each CHALLENGE
+
+	stop     chan struct{} // ends pumpLoop, after the tasks
+	stopPump func()
+	pump     sync.WaitGroup
 
 	malformed   atomic.Uint64
 	unpublished atomic.Uint64
@@ -73,6 +77,7 @@ type envelope struct {
 // New returns the bus of node over conn. It starts nothing.
 func New(conn *Conn, node NodeID, cfg Config, log *slog.Logger) *Bus {
 	ctx, cancel := context.WithCancel(context.Background())
+	stop := make(chan struct{})
 	return &Bus{
 		node: node, cfg: cfg.withDefaults(), conn: conn, log: EventLogger(log),
 		links: make(map[linkKey]linkEntry),
@@ -80,6 +85,7 @@ func New(conn *Conn, node NodeID, cfg Config, log *slog.Logger) *Bus {
 		timed: make(map[*Link]struct{}),
 		wake:  make(chan struct{}, 1),
 		ctx:   ctx, cancel: cancel,
+		stop: stop, stopPump: sync.OnceFunc(func() { close(stop) }),
 		dispatched: make(chan struct{}),
 	}
 }
@@ -115,7 +121,7 @@ func (b *Bus) Start(h Handler) error {
 	sub.SetClosedHandler(func(string) { close(b.dispatched) })
 	b.sub = sub
 	b.conn.onDisturbed(b.probeAll)
-	b.tasks.Go(b.pumpLoop)
+	b.pump.Go(b.pumpLoop)
 	return nil
 }
 
@@ -129,6 +135,8 @@ func (b *Bus) Close() {
 	}
 	b.cancel()
 	b.tasks.Wait()
+	b.stopPump()
+	b.pump.Wait()
 	for _, l := range b.linksTo(func(NodeID) bool { return true }) {
 		l.forget(ErrLinkLost)
 	}

@@ -149,7 +149,7 @@ func (b *Bus) pumpLoop() {
 	ticking := true
 	for {
 		select {
-		case <-b.ctx.Done():
+		case <-b.stop:
 			for more := true; more; {
 				b.publishReplies()
 				more = b.runReady()

@@ -14,13 +14,14 @@ import (
 	"github.com/pyrycode/pyrycode-relay/testenv"
 )
 
-func wantRefused(t *testing.T, err error, status int) *testenv.RefusedError {
+// wantRefused returns the headers of the refusal.
+func wantRefused(t *testing.T, err error, status int) http.Header {
 	t.Helper()
 	var refused *testenv.RefusedError
 	if !errors.As(err, &refused) || refused.Status != status {
 		t.Fatalf("dial: %v, want refused with %d", err, status)
 	}
-	return refused
+	return refused.Header
 }
 
 func refusedBody(err error) string {
@@ -82,7 +83,7 @@ func TestOrderOfChecks(t *testing.T) {
 			}
 
 			n = newCluster(t, 1)[0]
-			before := len(*n.log.events)
+			before := n.log.count()
 			resp, _ = n.get(path, nil)
 			if resp.StatusCode != 400 {
 				t.Errorf("no headers, not an upgrade: %d, want 400", resp.StatusCode)
@@ -108,7 +109,7 @@ func TestOrderOfChecks(t *testing.T) {
 			if resp.StatusCode != 400 {
 				t.Errorf("old version: %d, want 400", resp.StatusCode)
 			}
-			if got := len(*n.log.events) - before; got != 0 {
+			if got := n.log.count() - before; got != 0 {
 				t.Errorf("%d lines were logged, want none", got)
 			}
 			if got := outcome(n, outcomeBadRequest) + outcome(n, outcomeHandshake); got != "23" {
@@ -148,9 +149,9 @@ func TestConnectionCap_FreedWhenAConnectionEnds(t *testing.T) {
 	n.binary(id)
 	p := n.phone(id)
 	_, err := n.dialPhone(id)
-	wantRetryAfter(t, wantRefused(t, err, 503).Header)
+	wantRetryAfter(t, wantRefused(t, err, 503))
 	_, err = n.dialBinary(newServerID())
-	wantRetryAfter(t, wantRefused(t, err, 503).Header)
+	wantRetryAfter(t, wantRefused(t, err, 503))
 	p.Drop()
 	await(t, "room", func() bool { _, err := n.dialPhone(id); return err == nil })
 	for range 5 {
@@ -181,7 +182,7 @@ func TestUpgradeLimit_PerAddress(t *testing.T) {
 		} {
 			p, err := n.dialPhone(newServerID(), from(tt.addr))
 			if tt.refused {
-				wantRetryAfterSeconds(t, wantRefused(t, err, 429).Header, 3600)
+				wantRetryAfterSeconds(t, wantRefused(t, err, 429), 3600)
 				continue
 			}
 			if err != nil {

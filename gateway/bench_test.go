@@ -89,7 +89,9 @@ func BenchmarkBinaryToPhone(b *testing.B) {
 func benchmarkFlow(b *testing.B, send func() error, to *testenv.Peer) {
 	room := make(chan struct{}, benchWindow)
 	b.ResetTimer()
+	sent := make(chan struct{})
 	go func() {
+		defer close(sent)
 		for range b.N {
 			room <- struct{}{}
 			if err := send(); err != nil {
@@ -104,4 +106,5 @@ func benchmarkFlow(b *testing.B, send func() error, to *testenv.Peer) {
 		}
 		<-room
 	}
+	<-sent
 }

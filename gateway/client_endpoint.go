@@ -54,9 +54,9 @@ func (g *Gateway) serveClient(w http.ResponseWriter, r *http.Request) {
 		return refusalFor(p.decision)
 	})
 	if err != nil {
-		leave(outcomeOf(err))
 		g.reg.UnregisterPhone(h.serverID, p.id)
 		p.abandon()
+		leave(outcomeOf(err))
 		return
 	}
 	p.start(sock)

@@ -170,7 +170,7 @@ func TestCloseNotice_PhoneClosesUnderAPing(t *testing.T) {
 		id := newServerID()
 		b := binaries.binary(id)
 		for range 20 {
-			c := phones.rawDial("/v1/client", "X-Pyrycode-Server: "+id+"\r\nX-Pyrycode-Token: x\r\n")
+			c := phones.rawDial(id)
 			if _, err := c.Write(maskedFrame(0x81, []byte(`1`))); err != nil {
 				t.Fatal(err)
 			}
@@ -193,7 +193,7 @@ func TestClose_WaitsForTheEcho(t *testing.T) {
 	eachPlacement(t, func(t *testing.T, phones, binaries *node) {
 		id := newServerID()
 		b := binaries.binary(id)
-		c := phones.rawDial("/v1/client", "X-Pyrycode-Server: "+id+"\r\nX-Pyrycode-Token: x\r\n")
+		c := phones.rawDial(id)
 		if _, err := c.Write(maskedFrame(0x81, []byte(`1`))); err != nil {
 			t.Fatal(err)
 		}

@@ -78,8 +78,14 @@ const (
 	// parkTime is how long a binary that was just upgraded is kept at least although
 	// the relay could not decide: closed at once, it would redial at once.
 	parkTime = time.Second
-	// parkMore is what a claim may take besides its probe.
-	parkMore = 4 * time.Second
+
+	// earlyOverhead is added to the length of each message that waits for a claim to
+	// be decided, so that a flood of tiny ones is bounded too.
+	earlyOverhead = 64
+
+	// pongPatience is how long a ping is kept unanswered, and nothing else read, while a
+	// message is being written: below the 5 s that the library gives a pong.
+	pongPatience = 4 * time.Second
 
 	// retryAfter is what a 503 asks for, in seconds.
 	retryAfter = 2
@@ -88,6 +94,8 @@ const (
 	// so that the others do not meet all of them in one instant.
 	drainBatch = 200
 	drainPause = 50 * time.Millisecond
+	// dropTime is what connections that were dropped have to clean up.
+	dropTime = time.Second
 )
 
 // Option adds to a Gateway.

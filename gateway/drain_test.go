@@ -46,9 +46,9 @@ func TestDrain_Everybody1001(t *testing.T) {
 			wantQuiet(t, b.Peer)
 		}
 		_, err := phones.dialPhone(b.serverID(connID))
-		wantRetryAfter(t, wantRefused(t, err, 503).Header)
+		wantRetryAfter(t, wantRefused(t, err, 503))
 		_, err = phones.dialBinary(b.serverID(connID))
-		wantRetryAfter(t, wantRefused(t, err, 503).Header)
+		wantRetryAfter(t, wantRefused(t, err, 503))
 	})
 }
 
@@ -105,6 +105,31 @@ func TestDrain_StuckPeers_WithinItsTime(t *testing.T) {
 	})
 }
 
+// Nor does a KV that answers nothing.
+func TestDrain_KVIsSilent_WithinItsTime(t *testing.T) {
+	t.Parallel()
+	server, err := testenv.StartServer(testenv.ServerOptions{Memory: true, Proxied: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(server.Close)
+	n := newCluster(t, 1, func(s *settings) { s.nats = server.URL() })[0]
+	for range 3 {
+		_, b, _ := meet(n, n)
+		b.Pause()
+	}
+	server.Isolate()
+	if took := n.drain(500 * time.Millisecond); took > 3500*time.Millisecond {
+		t.Errorf("it took %v, want 1.5 s at most", took)
+	}
+	server.Heal()
+	await(t, "the releases", func() bool {
+		n.gw.mu.Lock()
+		defer n.gw.mu.Unlock()
+		return n.gw.open == 0
+	})
+}
+
 // Upgrades that are under way when it begins are answered, and nobody stays.
 func TestDrain_WhilePeersCome(t *testing.T) {
 	t.Parallel()
@@ -147,7 +172,7 @@ func TestDrain_WhilePeersCome(t *testing.T) {
 				}
 			})
 		}
-		time.Sleep(50 * time.Millisecond)
+		pass(50 * time.Millisecond)
 		phones.drain(8 * time.Second)
 		wg.Wait()
 		phones.wantNothingLeft()

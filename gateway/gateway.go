@@ -246,8 +246,10 @@ func (g *Gateway) all() (conns []*conn) {
 }
 
 // Shutdown closes every connection with 1001 and waits until they have ended, at
-// most until ctx does; then it drops what is left. New upgrades are refused, and
-// the registry, which has been told to drain before, decides none under way.
+// most until ctx does; then it drops what is left, and waits dropTime more. New
+// upgrades are refused, and the registry, which has been told to drain before,
+// decides none under way. A release that the KV does not answer may outlast it:
+// Registry.Stop ends that.
 func (g *Gateway) Shutdown(ctx context.Context) {
 	g.mu.Lock()
 	g.draining = true
@@ -275,5 +277,8 @@ func (g *Gateway) Shutdown(ctx context.Context) {
 	for _, c := range g.all() {
 		c.sock.drop()
 	}
-	<-ended
+	select {
+	case <-ended:
+	case <-time.After(dropTime):
+	}
 }

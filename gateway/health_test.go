@@ -71,9 +71,9 @@ func TestReadyz(t *testing.T) {
 			return resp.StatusCode == 503 && json.Unmarshal([]byte(body), &answer) == nil && strings.Contains(answer.Reason, reason)
 		})
 		_, err := n.dialPhone("x")
-		wantRetryAfter(t, wantRefused(t, err, 503).Header)
+		wantRetryAfter(t, wantRefused(t, err, 503))
 		_, err = n.dialBinary("x")
-		wantRetryAfter(t, wantRefused(t, err, 503).Header)
+		wantRetryAfter(t, wantRefused(t, err, 503))
 		if resp, _ := n.get("/healthz", nil); resp.StatusCode != 200 {
 			t.Errorf("healthz: %d, want 200", resp.StatusCode)
 		}

@@ -52,7 +52,6 @@ type settings struct {
 	bus      bus.Config
 	registry registry.Config
 	gateway  Config
-	proxy    bool // peers come through a testenv.Proxy
 }
 
 // node is one running gateway.
@@ -91,7 +90,7 @@ func newNode(t *testing.T, prefix string, change ...func(*settings)) *node {
 	set := settings{
 		nats:     natsURL,
 		registry: registry.Config{KVPrefix: prefix, Memory: true, KVReplicas: 1},
-		gateway:  Config{Version: "1.2.3", UpgradeBurst: -1, Metrics: prometheus.NewRegistry()},
+		gateway:  Config{Version: "1.2.3", UpgradeBurst: -1},
 	}
 	for _, f := range change {
 		f(&set)
@@ -158,7 +157,7 @@ func (n *node) wantNothingLeft() {
 	}
 }
 
-// crash takes the node off NATS and off the network without a word.
+// crash takes the node off NATS without a word. Its peers stay connected.
 func (n *node) crash() {
 	n.reg.Bus().Conn().Close()
 }
@@ -264,12 +263,19 @@ func soon(t testing.TB) context.Context {
 // await waits until cond.
 func await(t testing.TB, what string, cond func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(patience); !cond(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(deadline) {
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for end := time.After(patience); !cond(); {
+		select {
+		case <-tick.C:
+		case <-end:
 			t.Fatalf("waited in vain for: %s", what)
 		}
 	}
 }
+
+// pass lets time go by where that is what the test is about.
+func pass(d time.Duration) { <-time.After(d) }
 
 var serverIDs atomic.Uint32
 
@@ -526,6 +532,13 @@ func (r *recorder) all(name string) (found []event) {
 	return found
 }
 
+func (r *recorder) count() int {
+	r.init()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(*r.events)
+}
+
 // dump shows a failed test what one node did, and when.
 func (r *recorder) dump(t *testing.T, node string) {
 	r.init()
@@ -538,7 +551,7 @@ func (r *recorder) dump(t *testing.T, node string) {
 }
 
 // wantEvent waits for the first event of a name with these attributes.
-func (n *node) wantEvent(name string, want map[string]string) event {
+func (n *node) wantEvent(name string, want map[string]string) {
 	n.t.Helper()
 	var match event
 	await(n.t, fmt.Sprintf("event %s %v; there are %v", name, want, n.log.all(name)), func() bool {
@@ -557,19 +570,18 @@ func (n *node) wantEvent(name string, want map[string]string) event {
 	if match.attrs["event"] != name {
 		n.t.Errorf("%s has event=%q", name, match.attrs["event"])
 	}
-	return match
 }
 
-// rawDial sends a WebSocket handshake over a plain socket and reads the answer's head.
-func (n *node) rawDial(path, header string) net.Conn {
+// rawDial connects a phone over a plain socket, for tests of the very bytes.
+func (n *node) rawDial(serverID string) net.Conn {
 	n.t.Helper()
 	c, err := net.Dial("tcp", strings.TrimPrefix(n.http, "http://"))
 	if err != nil {
 		n.t.Fatal(err)
 	}
 	n.t.Cleanup(func() { c.Close() })
-	fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"+
-		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nUser-Agent: raw/1\r\n%s\r\n", path, header)
+	fmt.Fprintf(c, "GET /v1/client HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"+
+		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nUser-Agent: raw/1\r\nX-Pyrycode-Server: %s\r\nX-Pyrycode-Token: %s\r\n\r\n", serverID, markToken)
 	var head []byte
 	for one := make([]byte, 1); !strings.HasSuffix(string(head), "\r\n\r\n"); head = append(head, one[0]) {
 		c.SetReadDeadline(time.Now().Add(patience))

@@ -417,6 +417,34 @@ func TestRoute_PhoneTakesNothing_WriteTimeout(t *testing.T) {
 	}, func(s *settings) { s.gateway.WriteTimeout, s.bus.Backlog = 500*time.Millisecond, 64<<20 })
 }
 
+// A peer that pings while it does not read has as long as any other to read on.
+func TestRoute_SlowPhone_Pings(t *testing.T) {
+	t.Parallel()
+	eachPlacement(t, func(t *testing.T, phones, binaries *node) {
+		p, b, connID := meet(phones, binaries)
+		p.Pause()
+		const frames = 100
+		pad := strings.Repeat("x", 100_000)
+		for i := range frames {
+			b.send(connID, fmt.Sprintf("[%d,%q]", i, pad))
+		}
+		pinged := make(chan struct{})
+		go func() {
+			defer close(pinged)
+			_ = p.Ping(soon(t)) // its pong may be left out
+		}()
+		pass(6500 * time.Millisecond)
+		p.Unpause()
+		for i := range frames {
+			p.wantFrame(fmt.Sprintf("[%d,%q]", i, pad))
+		}
+		p.send("1")
+		b.wantFrame("1")
+		p.Drop()
+		<-pinged
+	}, func(s *settings) { s.gateway.WriteTimeout, s.bus.Backlog = time.Minute, 64<<20 })
+}
+
 // The HTTP server's own time-outs end with the upgrade.
 func TestRoute_HTTPServerTimeouts(t *testing.T) {
 	t.Parallel()
@@ -427,7 +455,7 @@ func TestRoute_HTTPServerTimeouts(t *testing.T) {
 	defer srv.Close()
 	n.url = "ws" + strings.TrimPrefix(srv.URL, "http")
 	p, b, connID := meet(n, n)
-	time.Sleep(700 * time.Millisecond)
+	pass(700 * time.Millisecond)
 	p.send("1")
 	b.wantFrame("1")
 	b.send(connID, "2")
@@ -466,7 +494,7 @@ func TestRoute_MessageTimeout(t *testing.T) {
 				id := newServerID()
 				b := binaries.binary(id)
 				_ = b
-				c := phones.rawDial("/v1/client", "X-Pyrycode-Server: "+id+"\r\nX-Pyrycode-Token: "+markToken+"\r\n")
+				c := phones.rawDial(id)
 				// No limit on silence before it begins.
 				c.SetReadDeadline(time.Now().Add(600 * time.Millisecond))
 				if n, err := c.Read(make([]byte, 1)); !isTimeout(err) {
@@ -499,7 +527,7 @@ func TestRoute_SilenceHasNoLimit(t *testing.T) {
 	eachPlacement(t, func(t *testing.T, phones, binaries *node) {
 		p, b, connID := meet(phones, binaries)
 		for range 3 {
-			time.Sleep(400 * time.Millisecond) // longer than the message timeout
+			pass(400 * time.Millisecond) // longer than the message timeout
 			p.send("1")
 			b.wantFrame("1")
 			b.send(connID, "2")

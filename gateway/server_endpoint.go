@@ -116,11 +116,11 @@ func (b *binary) receive(msg []byte) {
 func (b *binary) keep(msg []byte) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.counted || b.lost || b.earlySize+len(msg) > b.g.cfg.MaxFrameBytes {
+	size := b.earlySize + len(msg) + earlyOverhead
+	if b.counted || b.lost || size > b.g.cfg.MaxFrameBytes {
 		return false
 	}
-	b.early = append(b.early, bytes.Clone(msg))
-	b.earlySize += len(msg)
+	b.early, b.earlySize = append(b.early, bytes.Clone(msg)), size
 	return true
 }
 
@@ -172,9 +172,10 @@ func (b *binary) ended(left []message) {
 // decide finishes a claim that could not be decided before the upgrade, and closes
 // the binary if it does not get its server-id.
 func (b *binary) decide(ctx context.Context) {
+	upgraded := time.Now()
 	err := b.decision
 	if err != nil {
-		err = b.claimParked(ctx)
+		err = b.claim(registry.WithContext(ctx))
 	}
 	switch {
 	case err == nil:
@@ -183,29 +184,14 @@ func (b *binary) decide(ctx context.Context) {
 		return
 	case errors.Is(err, registry.ErrServerIDConflict):
 		b.g.log.Info("server_id_conflict", "server_id", logServerID(b.serverID), "remote", b.addr)
+	default:
+		select { // not at once, or it would redial at once, and so on
+		case <-time.After(parkTime - time.Since(upgraded)):
+		case <-ctx.Done():
+		}
 	}
 	b.g.metrics.registerFailed(failureOf(err))
 	b.closeAs(codeFor(err))
-}
-
-// claimParked claims with a probe. Where that cannot be decided it tries again,
-// for as long as a probe may take: a binary that was closed would redial at once,
-// and so on.                                        (protocol.md: Close codes)
-func (b *binary) claimParked(ctx context.Context) error {
-	again := time.Now().Add(max(parkTime, b.g.reg.ProbeTimeout()))
-	ctx, cancel := context.WithDeadline(ctx, again.Add(parkMore))
-	defer cancel()
-	for {
-		err := b.claim(registry.WithContext(ctx))
-		if !errors.Is(err, registry.ErrUndecided) && !errors.Is(err, registry.ErrNotReady) || !time.Now().Before(again) {
-			return err
-		}
-		select {
-		case <-time.After(parkTime / 2):
-		case <-ctx.Done():
-			return err
-		}
-	}
 }
 
 // handle passes one message of the binary on to the phone that it names.

@@ -31,6 +31,8 @@ type wire struct {
 	writeTimeout   time.Duration
 	messageTimeout time.Duration
 
+	turn chan struct{} // holds an element while a message is being written
+
 	br *bufio.Reader // static; read by the reading goroutine, and by close's once closing is set
 
 	// Guarded by mu.
@@ -64,6 +66,19 @@ func (w *wire) Read(p []byte) (int, error) {
 		w.mu.Unlock()
 	}
 	return n, err
+}
+
+// mayPong waits until no message is being written, and returns false if that takes
+// too long. The library would break the connection over a pong that it cannot write
+// within 5 s, and a message may take longer.
+func (w *wire) mayPong() bool {
+	select {
+	case w.turn <- struct{}{}:
+	case <-time.After(pongPatience):
+		return false
+	}
+	<-w.turn
+	return true
 }
 
 // begin says that a message's first header has been read.
@@ -108,7 +123,7 @@ func upgrade(w http.ResponseWriter, r *http.Request, cfg *Config, decide func() 
 	ws, err := websocket.Accept(u, r, &websocket.AcceptOptions{
 		InsecureSkipVerify: true, // no cookies here: a page that dials has no more rights than any program
 		CompressionMode:    websocket.CompressionDisabled,
-		OnPingReceived:     func(context.Context, []byte) bool { u.controlFrame(); return true },
+		OnPingReceived:     func(context.Context, []byte) bool { u.controlFrame(); return u.wire.mayPong() },
 		OnPongReceived:     func(context.Context, []byte) { u.controlFrame() },
 	})
 	if err != nil {
@@ -160,7 +175,10 @@ func (u *upgrader) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		u.refused = err
 		return nil, nil, err
 	}
-	w := &wire{Conn: conn, writeTimeout: u.cfg.WriteTimeout, messageTimeout: u.cfg.MessageTimeout}
+	w := &wire{
+		Conn: conn, writeTimeout: u.cfg.WriteTimeout, messageTimeout: u.cfg.MessageTimeout,
+		turn: make(chan struct{}, 1),
+	}
 	u.wire = w
 	// What the client sent behind its handshake is in the server's buffer.
 	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // as much as is buffered is there
@@ -208,6 +226,8 @@ func (s *socket) endMessage() { s.wire.rest(false) }
 
 // write sends one text message.
 func (s *socket) write(p []byte) error {
+	s.wire.turn <- struct{}{}
+	defer func() { <-s.wire.turn }()
 	return s.ws.Write(context.Background(), websocket.MessageText, p)
 }
 

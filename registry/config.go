@@ -88,6 +88,8 @@ const (
 	sweepEvery = 5 * time.Second
 	// sweepWorkers bounds the KV calls under way in a sweep.
 	sweepWorkers = 16
+	// checkTries is how often a check tries again when the entry changes under it.
+	checkTries = 5
 	// maxGetMany is how many keys one read asks for: JetStream answers at most 1,024.
 	maxGetMany = 1000
 	// orphanFor is how long an entry that may have been left is looked for: a write

@@ -171,8 +171,13 @@ func (r *Registry) writeHolding(ctx context.Context, h *holding) error {
 		found, ok := entryOf(there)
 		switch {
 		case ok && found.Session != h.session:
-			r.lostTo(ctx, h, there, found)
-			return nil
+			if r.lostTo(ctx, h, there, found) {
+				return nil
+			}
+			if !pause(ctx, retryWait) {
+				return ctx.Err()
+			}
+			continue
 		case ok && found.State == e.State && errors.Is(err, errUnknown):
 			r.wrote(h, state, there.revision) // it had been written after all
 			continue

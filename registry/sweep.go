@@ -92,39 +92,54 @@ func eachOf[T any](list []T, workers int, f func(T)) {
 }
 
 // check compares one holding with the KV: its own entry is fine, a missing one is
-// written again, another session's supersedes the holding.
+// written again, another session's supersedes the holding. What it cannot find out
+// in a few tries is left to the next sweep.
 func (r *Registry) check(ctx context.Context, h *holding) {
-	rec, err := r.presence.getLeader(ctx, h.key())
-	if err != nil {
-		return // the next sweep tries again
-	}
-	e, ok := entryOf(rec)
-	switch {
-	case ok && e.Session != h.session:
-		r.lostTo(ctx, h, rec, e)
-	case ok && r.agrees(h, e):
-	default:
-		r.wrote(h, claiming, rec.revision)
-		ctx, cancel := context.WithTimeout(ctx, decideTimeout)
-		defer cancel()
-		if err := r.writeHolding(ctx, h); err != nil {
-			r.log.Debug("entry_not_written", "server_id", logID(h.serverID), "error", err.Error())
+	for range checkTries {
+		rec, err := r.presence.getLeader(ctx, h.key())
+		if err != nil {
+			return
 		}
+		e, ok := entryOf(rec)
+		switch {
+		case ok && e.Session != h.session:
+			if r.lostTo(ctx, h, rec, e) {
+				return
+			}
+		case ok && r.agrees(h, e):
+			return
+		default:
+			r.wrote(h, claiming, rec.revision)
+			r.rewrite(ctx, h)
+			return
+		}
+		if !pause(ctx, retryWait) {
+			return
+		}
+	}
+}
+
+func (r *Registry) rewrite(ctx context.Context, h *holding) {
+	ctx, cancel := context.WithTimeout(ctx, decideTimeout)
+	defer cancel()
+	if err := r.writeHolding(ctx, h); err != nil {
+		r.log.Debug("entry_not_written", "server_id", logID(h.serverID), "error", err.Error())
 	}
 }
 
 // lostTo supersedes h if rec, which names another session, is what the KV says
 // now: an old leader that was cut off would answer with what it knew. Writing the
-// entry once more as it is proves it.
-func (r *Registry) lostTo(ctx context.Context, h *holding, rec record, e entry) {
+// entry once more as it is proves it. It returns false if that did not succeed.
+func (r *Registry) lostTo(ctx context.Context, h *holding, rec record, e entry) bool {
 	ttl := time.Duration(0)
 	if e.State == stateGrace {
 		ttl = r.cfg.Grace
 	}
 	if _, err := r.presence.put(ctx, h.key(), rec.value, rec.revision, ttl); err != nil {
-		return // it has changed, or nobody can tell: the next sweep looks again
+		return false
 	}
 	r.supersede(h)
+	return true
 }
 
 // agrees reports whether the KV's entry of h says what h is.

@@ -86,7 +86,7 @@ func TestThreeNodes_HundredThousandFramesEachWay(t *testing.T) {
 	flags := besideThreeNATS(t)
 	// A binary that sends all it has at once outruns a phone: its frames wait, and
 	// on a slow machine so do pongs behind them.
-	room := []string{"--phone-backlog", "64MiB", "--ping-interval", "3m"}
+	room := []string{"--phone-backlog", "64MiB", "--pong-timeout", "3m"}
 	nodes := [3]*node{}
 	for i := range nodes {
 		nodes[i] = startNode(t, append(flags[i], room...)...)
