@@ -25,7 +25,7 @@ fuzz: ## every fuzz target for FUZZTIME (20s) each
 		list=$$(go test -list '^Fuzz' $$pkg) || { echo "$$list"; exit 1; }; \
 		for name in $$(echo "$$list" | grep '^Fuzz' || true); do \
 			found=1; echo "== $$pkg $$name"; \
-			go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) $$pkg; \
+			go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x $$pkg; \
 		done; \
 	done; \
 	if [ $$found = 0 ]; then echo "no fuzz target found"; exit 1; fi

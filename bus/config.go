@@ -69,6 +69,8 @@ const (
 
 	// embeddedReady bounds the embedded server's start; it takes 5 ms.
 	embeddedReady = 10 * time.Second
+	// embeddedPoll is how often its start is asked whether it has failed.
+	embeddedPoll = 100 * time.Millisecond
 	// embeddedMemory and embeddedStore bound the embedded server's JetStream: an
 	// entry takes 0.6 KB, so a million binaries fit.
 	embeddedMemory = 1 << 30

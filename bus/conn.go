@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
@@ -144,10 +145,18 @@ func (c *Conn) embed(cfg ConnConfig, log *slog.Logger) error {
 		return fmt.Errorf("embedded NATS server: %w", redact(err))
 	}
 	c.srv, c.configured = srv, clusterSize(opts)
-	srv.SetLoggerV2(natsLog{log}, false, false, false)
+	fatal := make(chan error, 1)
+	srv.SetLoggerV2(natsLog{log, fatal}, false, false, false)
 	srv.Start()
-	if !srv.ReadyForConnections(embeddedReady) {
-		return errors.New("embedded NATS server: not ready in time; is a port of its configuration taken?")
+	for since := time.Now(); !srv.ReadyForConnections(embeddedPoll); {
+		select {
+		case err := <-fatal:
+			return fmt.Errorf("embedded NATS server: %w", redact(err))
+		default:
+		}
+		if time.Since(since) > embeddedReady {
+			return errors.New("embedded NATS server: not ready in time; is a port of its configuration taken?")
+		}
 	}
 	return nil
 }
@@ -304,15 +313,25 @@ func redact(err error) error {
 
 const spaces = " \t\r\n"
 
-// natsLog passes the embedded server's warnings and errors on.
-type natsLog struct{ log *slog.Logger }
+// natsLog passes the embedded server's warnings and errors on, and the first one
+// that the server says it cannot live with.
+type natsLog struct {
+	log   *slog.Logger
+	fatal chan error
+}
 
 func (l natsLog) Noticef(string, ...any)         {}
 func (l natsLog) Debugf(string, ...any)          {}
 func (l natsLog) Tracef(string, ...any)          {}
 func (l natsLog) Warnf(format string, v ...any)  { l.line(slog.LevelWarn, format, v) }
 func (l natsLog) Errorf(format string, v ...any) { l.line(slog.LevelError, format, v) }
-func (l natsLog) Fatalf(format string, v ...any) { l.line(slog.LevelError, format, v) }
+func (l natsLog) Fatalf(format string, v ...any) {
+	l.line(slog.LevelError, format, v)
+	select {
+	case l.fatal <- fmt.Errorf(format, v...):
+	default:
+	}
+}
 func (l natsLog) line(v slog.Level, f string, a []any) {
 	l.log.Log(context.Background(), v, "nats_server", "text", redact(fmt.Errorf(f, a...)).Error())
 }

@@ -104,8 +104,9 @@ func TestDial_CredentialIsAllowedLater(t *testing.T) {
 
 func TestDial_EmbeddedInMemory(t *testing.T) {
 	c := dial(t, ConnConfig{})
-	if !c.Connected() || !c.Embedded() || c.Servers() != 1 || c.MaxPayload() != embeddedMaxPayload {
-		t.Errorf("connected %v, embedded %v, servers %d, max payload %d %v", c.Connected(), c.Embedded(), c.Servers(), c.MaxPayload(), c.nc.LastError())
+	eventually(t, "the connection comes up", c.Connected)
+	if !c.Embedded() || c.Servers() != 1 || c.MaxPayload() != embeddedMaxPayload {
+		t.Errorf("embedded %v, servers %d, max payload %d", c.Embedded(), c.Servers(), c.MaxPayload())
 	}
 	useBucket(t, c)
 	c.Close()
@@ -146,8 +147,9 @@ func TestDial_EmbeddedWithAConfiguration(t *testing.T) {
 		jetstream { store_dir: %q, max_memory_store: 64MB, max_file_store: 64MB }
 	`, t.TempDir()))
 	c := dial(t, ConnConfig{ConfigFile: file})
-	if !c.Connected() || !c.Embedded() || c.MaxPayload() != 2<<20 || c.Servers() != 1 {
-		t.Errorf("connected %v, embedded %v, max payload %d, servers %d", c.Connected(), c.Embedded(), c.MaxPayload(), c.Servers())
+	eventually(t, "the connection comes up", c.Connected)
+	if !c.Embedded() || c.MaxPayload() != 2<<20 || c.Servers() != 1 {
+		t.Errorf("embedded %v, max payload %d, servers %d", c.Embedded(), c.MaxPayload(), c.Servers())
 	}
 	useBucket(t, c)
 	other := dial(t, ConnConfig{URL: c.srv.ClientURL()}) // the port is open
@@ -159,7 +161,7 @@ func TestDial_SettingThatCannotWork_IsNamed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer taken.Close()
+	defer taken.Close() //nolint:errcheck // nothing depends on it
 	before := tempStores(t)
 	for name, c := range map[string]struct {
 		cfg  ConnConfig
@@ -168,6 +170,7 @@ func TestDial_SettingThatCannotWork_IsNamed(t *testing.T) {
 		"no JetStream":          {ConnConfig{ConfigFile: writeConfig(t, `listen: "127.0.0.1:-1"`)}, "JetStream is off"},
 		"no such configuration": {ConnConfig{ConfigFile: "/nonexistent/nats.conf"}, "/nonexistent/nats.conf"},
 		"broken configuration":  {ConnConfig{ConfigFile: writeConfig(t, `jetstream {`)}, "nats.conf"},
+		"port is taken":         {ConnConfig{ConfigFile: writeConfig(t, fmt.Sprintf("listen: %q\njetstream { store_dir: %q }", taken.Addr(), t.TempDir()))}, taken.Addr().String()},
 		"store is a file":       {ConnConfig{StoreDir: writeConfig(t, "")}, "embedded NATS server"},
 		"no such credential":    {ConnConfig{URL: "nats://127.0.0.1:1", Creds: "/nonexistent/creds"}, "/nonexistent/creds"},
 		"no such CA":            {ConnConfig{URL: "nats://127.0.0.1:1", CA: "/nonexistent/ca"}, "/nonexistent/ca"},

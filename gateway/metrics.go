@@ -92,6 +92,10 @@ func registerGauges(g *Gateway) {
 		func() float64 { return float64(g.held.Load()) })
 	gauge("connected_phones", "Phones connected to this gateway.",
 		func() float64 { return float64(g.phones.Load()) })
+	g.cfg.Metrics.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Namespace: namespace, Name: "node_info", Help: "Always 1; the labels say what this node is.",
+		ConstLabels: prometheus.Labels{"node": string(g.reg.Bus().Node()), "region": g.reg.Region(), "version": g.cfg.Version},
+	}, func() float64 { return 1 }))
 	gauge("ready", "1 while this gateway can decide claims.", func() float64 {
 		if g.reg.Ready() != nil {
 			return 0

@@ -180,7 +180,7 @@ func TestWriteErrors_AreLostOrUnknown(t *testing.T) {
 		if c.want == nil && rev != 17 {
 			t.Errorf("%s: revision %d, want 17", key, rev)
 		}
-		if c.want == errUnknown && errors.Is(err, errLost) {
+		if errors.Is(c.want, errUnknown) && errors.Is(err, errLost) {
 			t.Errorf("%s: %v is lost, too", key, err)
 		}
 		if err := sub.Unsubscribe(); err != nil {

@@ -125,7 +125,7 @@ func TestSupersededTwice_EvictsAndTellsOnce(t *testing.T) {
 		}
 		wg.Wait()
 		for _, p := range phones {
-			within(t, 2*time.Second, "end", p.in.ends)
+			_ = within(t, 2*time.Second, "end", p.in.ends)
 		}
 		if got := len(b.evicted); got > 1 {
 			t.Errorf("evictions: got %d, want 1 at most", got)
