@@ -294,12 +294,18 @@ func (r *rig) startTraffic() *traffic {
 	return tr
 }
 
-func (tr *traffic) progress(n int) {
+// progress waits for another 200 frames each way.
+func (tr *traffic) progress() {
 	tr.r.Helper()
 	for _, l := range tr.links {
 		recv := l.recv.(*receiver)
-		want := recv.count() + n
-		eventually(tr.r.T, "frames arrive", func() bool { return recv.count() >= want })
+		want := recv.count() + 200
+		eventually(tr.r.T, "frames arrive", func() bool {
+			if ends := recv.told(); len(ends) > 0 {
+				tr.r.Fatalf("the link ended: %v", ends)
+			}
+			return recv.count() >= want
+		})
 	}
 }
 
@@ -321,10 +327,10 @@ func TestNATSConnectionIsCutAgainAndAgain_LinkLosesNothing(t *testing.T) {
 	r, proxy := newProxiedRig(t, testConfig)
 	tr := r.startTraffic()
 	for range 5 {
-		tr.progress(200)
+		tr.progress()
 		proxy.Cut()
 	}
-	tr.progress(200)
+	tr.progress()
 	tr.finish()
 	tr.links[0].Close(CodeError(1000))
 	r.empty()
@@ -334,11 +340,11 @@ func TestNATSConnectionIsHeldFiveSeconds_LinkLosesNothing(t *testing.T) {
 	t.Parallel()
 	r, proxy := newProxiedRig(t, testConfig)
 	tr := r.startTraffic()
-	tr.progress(200)
+	tr.progress()
 	proxy.Hold()
 	wait(t, 5*time.Second)
 	proxy.Resume()
-	tr.progress(200)
+	tr.progress()
 	tr.finish()
 }
 
@@ -388,7 +394,7 @@ func TestNATSIsDeadWithDataOutstanding_BothEndsAreLost(t *testing.T) {
 	cfg.LinkTimeout = 2 * time.Second // 10 s by default, and the rule is the same
 	r, proxy := newProxiedRig(t, cfg)
 	tr := r.startTraffic()
-	tr.progress(200)
+	tr.progress()
 	proxy.Hold()
 	start := time.Now()
 	for _, l := range tr.links {

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"slices"
 	"sync"
@@ -20,7 +19,7 @@ import (
 
 const patience = 20 * time.Second // of a test for what must happen; a loaded machine needs seconds
 
-var quiet = slog.New(slog.NewTextHandler(io.Discard, nil))
+var quiet = slog.New(slog.DiscardHandler)
 
 // receiver is a socket: it keeps what it is given, and checks that it is called
 // as Receiver promises.

@@ -252,6 +252,9 @@ func (s *linkState) next(now time.Time) (m Message, buf []byte, ok bool) {
 	switch {
 	case s.reset:
 		return s.nextReset(now)
+	case s.gap && !s.gapTold: // before DATA, which could carry the ack but not this
+		s.gapTold = true
+		return s.stamp(Message{Kind: KindAck, Seq: s.received + 1}), nil, true
 	case s.remoteEnd: // nobody is left there to take anything
 	case s.sendNext <= s.lastSeq:
 		o := s.out[s.sendNext-s.acked-1]
@@ -270,12 +273,7 @@ func (s *linkState) next(now time.Time) (m Message, buf []byte, ok bool) {
 		s.asks = max(0, s.asks-1)
 		return s.stamp(Message{Kind: KindProbe, Seq: s.maxSent}), nil, true
 	case s.ackDue(now):
-		m := Message{Kind: KindAck}
-		if s.gap && !s.gapTold {
-			s.gapTold = true
-			m.Seq = s.received + 1
-		}
-		return s.stamp(m), nil, true
+		return s.stamp(Message{Kind: KindAck}), nil, true
 	}
 	return Message{}, nil, false
 }

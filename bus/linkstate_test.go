@@ -155,6 +155,14 @@ func TestReceiver_ReportsAGapOnce(t *testing.T) {
 	e.says("ACK 3 gap 4")
 }
 
+// DATA that goes back carries acks, and never lets it come to an ACK.
+func TestReceiver_ReportsAGapThoughDataGoesBack(t *testing.T) {
+	e := newEndTest(t)
+	e.send("x", "y")
+	e.hearsData(2, "b", false)
+	e.says("ACK 0 gap 1", "DATA 1 x", "DATA 2 y")
+}
+
 func TestReceiver_ReportsAGapAgainWhenProbed(t *testing.T) {
 	e := newEndTest(t)
 	e.hearsData(2, "b", false)
