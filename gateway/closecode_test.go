@@ -154,10 +154,13 @@ func TestCloseNotice_SaysHowThePhoneEnded(t *testing.T) {
 		if e.ConnID != connID || e.CloseCode != 1001 {
 			t.Errorf("after a drop: %s", e.Raw)
 		}
+		await(t, "none is attached", func() bool { return len(connIDs(phones.reg, id)) == 0 })
 		silent := phones.phone(id)
+		connID = connIDs(phones.reg, id)[0]
 		if err := silent.Close(1000, ""); err != nil {
 			t.Fatal(err)
 		}
+		b.wantNotice(connID, 1000) // for every end, also of one that never sent a frame
 		await(t, "none is attached", func() bool { return len(connIDs(phones.reg, id)) == 0 })
 		wantQuiet(t, b.Peer) // each once
 	})

@@ -66,10 +66,18 @@ const (
 	readBuffer  = 1 << 10
 	writeBuffer = 512
 
+	// sendBuffer is how many bytes the kernel may hold for a peer: a window, 2.5 MB/s
+	// over a round trip of 100 ms.
+	sendBuffer = 256 << 10
+
 	// scratchSize is what a message is read into at first, and scratchKeep the
 	// largest scratch that is kept for the next message.
 	scratchSize = 4 << 10
 	scratchKeep = 64 << 10
+
+	// stallTime is from when on the handling of a message counts as a pause of
+	// reading: passing it on takes microseconds, waiting for credit much longer.
+	stallTime = 10 * time.Millisecond
 
 	// heartbeatSlots divide PingInterval: each tick pings the connections of one
 	// slot, so that pings are spread and no connection has a timer of its own.

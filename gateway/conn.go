@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/pyrycode/pyrycode-relay/bus"
@@ -29,6 +30,9 @@ type conn struct {
 	sock   *socket       // set before opened is closed
 	out    outbox
 	tasks  sync.WaitGroup // writer, pings, timers
+
+	handling atomic.Bool   // the reader is in its handler
+	stalls   atomic.Uint64 // how often it was there for longer than stallTime
 
 	// onClose is called once, with the code, when the relay begins to close the
 	// connection. It must not block.
@@ -114,11 +118,17 @@ func (c *conn) ping(ctx context.Context) error {
 }
 
 // heartbeat pings the peer once and closes the connection if it does not answer.
+// If the relay itself stopped reading meanwhile, the pong may wait behind frames
+// that nobody has read: then the next heartbeat tells.
 func (c *conn) heartbeat() {
 	ctx, cancel := context.WithTimeout(context.Background(), c.g.cfg.PongTimeout)
 	defer cancel()
+	stalls := c.stalls.Load()
 	if c.ping(ctx) == nil || ctx.Err() == nil {
 		return // it answered, or has ended, and its reader knows how
+	}
+	if c.handling.Load() || c.stalls.Load() != stalls {
+		return
 	}
 	c.closeAs(codeHeartbeat)
 }
@@ -160,8 +170,15 @@ func (c *conn) readMessage(r io.Reader, handle func(p []byte)) error {
 		_, err := io.Copy(io.Discard, r)
 		return err
 	}
-	if _, closing := c.out.closed(); !closing {
-		handle(p)
+	if _, closing := c.out.closed(); closing {
+		return nil
+	}
+	start := time.Now()
+	c.handling.Store(true)
+	handle(p)
+	c.handling.Store(false)
+	if time.Since(start) > stallTime {
+		c.stalls.Add(1)
 	}
 	return nil
 }

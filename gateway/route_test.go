@@ -139,10 +139,12 @@ func TestRoute_InvalidJSON_1007(t *testing.T) {
 			p.wantClosed(1007, "frame is not valid JSON")
 			b.wantNotice(connID, 1007) // and nothing before it
 			silent := phones.phone(id)
+			connID = connIDs(phones.reg, id)[0]
 			silent.send(frame)
 			silent.wantClosed(1007, "frame is not valid JSON")
+			b.wantNotice(connID, 1007) // also of one that it has never heard of
 		}
-		wantQuiet(t, b.Peer) // nothing of those that it has never heard of
+		wantQuiet(t, b.Peer)
 		await(t, "none is attached", func() bool { return len(connIDs(phones.reg, id)) == 0 })
 	})
 }

@@ -250,16 +250,14 @@ func (b *binary) Deliver(l *bus.Link, envelope []byte) {
 	}
 }
 
-// End implements bus.Receiver: a phone has gone, and the binary is told unless it
-// asked for that or never heard of the phone.
+// End implements bus.Receiver: a phone has gone, and the binary is told, also of
+// one that never sent a frame. It is not called for a phone that the binary itself
+// asked to close.                         (protocol.md: The routing envelope)
 func (b *binary) End(l *bus.Link, err error) {
 	b.mu.Lock()
-	_, told := b.phones[l.ConnID()]
 	delete(b.phones, l.ConnID())
 	b.mu.Unlock()
-	if told {
-		b.out.put(message{p: closeNotice(l.ConnID(), noticeCode(err))})
-	}
+	b.out.put(message{p: closeNotice(l.ConnID(), noticeCode(err))})
 }
 
 // evict ends a binary that lost its server-id.

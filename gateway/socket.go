@@ -192,6 +192,24 @@ func (u *upgrader) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return w, bufio.NewReadWriter(w.br, bufio.NewWriterSize(w, writeBuffer)), nil
 }
 
+// limitSendBuffer keeps the kernel from taking megabytes for a peer that reads
+// slowly: a ping would wait behind them for longer than PongTimeout.
+func limitSendBuffer(conn net.Conn) {
+	for {
+		switch c := conn.(type) {
+		case interface{ SetWriteBuffer(int) error }:
+			_ = c.SetWriteBuffer(sendBuffer) // a wish
+			return
+		case interface{ NetConn() net.Conn }: // TLS
+			conn = c.NetConn()
+		case interface{ Raw() net.Conn }: // PROXY protocol
+			conn = c.Raw()
+		default:
+			return
+		}
+	}
+}
+
 func (u *upgrader) refuse(err error) {
 	u.refused = err
 	h := u.ResponseWriter.Header()

@@ -99,10 +99,10 @@ func (r *Registry) leaseLoop(ctx context.Context) {
 // the node stops deciding.
 func (r *Registry) leaseTrouble(err error) {
 	r.lease.mu.Lock()
-	stale := !r.lease.renewed.IsZero() && !r.lease.freshLocked(r.cfg, time.Now())
+	fresh := r.lease.freshLocked(r.cfg, time.Now())
 	r.lease.mu.Unlock()
-	if r.troubleOnce(stale) {
-		r.log.Warn("lease_not_renewed", "deciding", !stale, "error", err.Error())
+	if r.troubleOnce(!fresh) {
+		r.log.Warn("lease_not_renewed", "deciding", fresh, "error", err.Error())
 	}
 }
 
