@@ -175,6 +175,7 @@ func (u *upgrader) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		u.refused = err
 		return nil, nil, err
 	}
+	limitSendBuffer(conn)
 	w := &wire{
 		Conn: conn, writeTimeout: u.cfg.WriteTimeout, messageTimeout: u.cfg.MessageTimeout,
 		turn: make(chan struct{}, 1),
