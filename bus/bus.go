@@ -120,7 +120,7 @@ func (b *Bus) Start(h Handler) error {
 	}
 	sub.SetClosedHandler(func(string) { close(b.dispatched) })
 	b.sub = sub
-	b.conn.onDisturbed(b.probeAll)
+	b.conn.onDisturbed(b.ProbeAll)
 	b.pump.Go(b.pumpLoop)
 	return nil
 }
@@ -377,9 +377,10 @@ func (b *Bus) remove(l *Link) {
 	b.unregister(k, l)
 }
 
-// probeAll makes every link to another node ask where its other end is. It runs
-// after the NATS connection was disturbed.
-func (b *Bus) probeAll() {
+// ProbeAll makes every link to another node ask where its other end is, and an end
+// that is the only one left end visibly. It runs after the NATS connection was
+// disturbed; the registry calls it when nodes may have taken each other for dead.
+func (b *Bus) ProbeAll() {
 	now := time.Now()
 	for _, l := range b.linksTo(func(n NodeID) bool { return n != b.node }) {
 		l.probe(now)

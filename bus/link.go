@@ -71,6 +71,13 @@ type Link struct {
 	timed      bool  // in Bus.timed
 }
 
+// Ended reports whether the link has ended, from either side.
+func (l *Link) Ended() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.ended
+}
+
 // ServerID is the server-id that the link belongs to.
 func (l *Link) ServerID() string { return l.serverID }
 
@@ -111,8 +118,9 @@ func (l *Link) Send(buf []byte) error {
 }
 
 // Offer queues one frame like Send and never blocks. When more than
-// Config.Backlog would wait, it ends the link on both sides and returns
-// ErrBacklog; it returns ErrClosed when the link has ended.
+// Config.Backlog would wait, it ends the link on both sides with ErrBacklog, which
+// the receiver is told, and returns that; it returns ErrClosed when the link has
+// ended.
 func (l *Link) Offer(buf []byte) error {
 	l.mu.Lock()
 	if l.ended {
@@ -121,7 +129,8 @@ func (l *Link) Offer(buf []byte) error {
 	}
 	if l.st.outstanding()+frameCost(len(buf)-Headroom) > uint64(l.bus.cfg.Backlog) { //nolint:gosec // positive
 		l.mu.Unlock()
-		l.close(ErrBacklog, true)
+		l.fail(ErrBacklog, func() { l.st.close(ErrBacklog, true) })
+		l.kick()
 		return ErrBacklog
 	}
 	l.st.send(buf, time.Now())

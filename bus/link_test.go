@@ -985,7 +985,7 @@ func TestLink_CalledFromEverywhereAtOnce(t *testing.T) {
 					}
 				})
 			}
-			wg.Go(func() { r.phones.probeAll(); p.probe(time.Now()); b.probe(time.Now()) })
+			wg.Go(func() { r.phones.ProbeAll(); p.probe(time.Now()); b.probe(time.Now()) })
 			<-under
 			wg.Go(func() {
 				switch round % 4 {

@@ -29,8 +29,8 @@ type phone struct {
 	decision error // of the registry, to be told as a close code; nil: attached
 
 	// Owned by the reading goroutine.
-	prefix []byte // of the next envelope; the first one carries the token
-	later  []byte // of those after it; nil once it is prefix
+	prefix []byte // of an envelope; nil before the first frame
+	token  string // for the first envelope; it is not kept longer
 }
 
 func (g *Gateway) serveClient(w http.ResponseWriter, r *http.Request) {
@@ -70,9 +70,8 @@ func (g *Gateway) newPhone(h phoneHeaders, addr string) *phone {
 		p.link.Close(bus.CodeError(code)) //nolint:gosec // closeCode: a close code
 	})
 	p.link = g.reg.Bus().NewLink(h.serverID, p.id, p)
-	p.prefix = upPrefix(p.id, "", false)
 	if !g.cfg.NoToken {
-		p.prefix, p.later = upPrefix(p.id, h.token, true), p.prefix
+		p.token = h.token
 	}
 	return p
 }
@@ -114,13 +113,16 @@ func (p *phone) handle(msg []byte) {
 		p.closeAs(codeNotJSON)
 		return
 	}
-	buf := make([]byte, bus.Headroom, bus.Headroom+len(p.prefix)+len(msg)+len(upSuffix))
-	buf = append(buf, p.prefix...)
+	prefix := p.prefix
+	if prefix == nil {
+		p.prefix = upPrefix(p.id, "", false)
+		prefix = upPrefix(p.id, p.token, p.token != "")
+		p.token = ""
+	}
+	buf := make([]byte, bus.Headroom, bus.Headroom+len(prefix)+len(msg)+len(upSuffix))
+	buf = append(buf, prefix...)
 	buf = append(buf, msg...)
 	buf = append(buf, upSuffix...)
-	if p.later != nil {
-		p.prefix, p.later = p.later, nil
-	}
 	_ = p.link.Send(buf) // fails when the link has ended, and then End closes the connection
 }
 

@@ -22,6 +22,7 @@ var (
 	codeProtocol    = closeCode{code: 1002}
 	codeHeartbeat   = closeCode{code: 1011, reason: "heartbeat timeout"}
 	codeDisplaced   = codeHeartbeat
+	codeTooSlow     = closeCode{code: 1011, reason: "heartbeat timeout", now: true} // a binary that takes too little
 	codeBacklog     = closeCode{code: 1011, reason: "phone backlog full", now: true}
 	codeLinkLost    = closeCode{code: 1011, reason: "relay link lost"}
 	codeUndecided   = closeCode{code: 1011, reason: "claim undecided"}

@@ -66,6 +66,21 @@ const (
 	readBuffer  = 1 << 10
 	writeBuffer = 512
 
+	// backlogSlack is added, for each phone that a server-id may have, to what its
+	// link may carry: the envelope and its token.
+	backlogSlack = 64 << 10
+
+	// messageOverhead is added to a message's length where queued bytes are counted.
+	messageOverhead = 64
+
+	// closeTimeout bounds what the library does to close: 5 s to write its frame, 5 s
+	// for the peer's.
+	closeTimeout = 11 * time.Second
+
+	// dropPatience is how long a peer whose connection is dropped has to read what
+	// was written last.
+	dropPatience = time.Second
+
 	// sendBuffer is how many bytes the kernel may hold for a peer: a window, 2.5 MB/s
 	// over a round trip of 100 ms.
 	sendBuffer = 256 << 10
@@ -98,10 +113,12 @@ const (
 	// retryAfter is what a 503 asks for, in seconds.
 	retryAfter = 2
 
-	// drainBatch connections are closed every drainPause when the gateway drains,
-	// so that the others do not meet all of them in one instant.
+	// drainBatch connections are closed every drainPause when the gateway drains, or
+	// more if that would take longer than drainSteps pauses: the others do not meet
+	// all of them in one instant.
 	drainBatch = 200
 	drainPause = 50 * time.Millisecond
+	drainSteps = 60
 	// dropTime is what connections that were dropped have to clean up.
 	dropTime = time.Second
 )

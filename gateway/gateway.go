@@ -255,9 +255,10 @@ func (g *Gateway) Shutdown(ctx context.Context) {
 	g.draining = true
 	g.mu.Unlock()
 	conns := g.all()
+	batch := max(drainBatch, len(conns)/drainSteps)
 	for i, c := range conns {
 		c.closeAs(codeShutdown)
-		if i%drainBatch == drainBatch-1 {
+		if i%batch == batch-1 {
 			select {
 			case <-time.After(drainPause):
 			case <-ctx.Done():

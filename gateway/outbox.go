@@ -10,15 +10,17 @@ import (
 // outbox is a connection's queue of messages to its peer. Its writer is a
 // goroutine that exists only while there is something to write, and that also
 // writes the close frame: so a close never overtakes a message, and a message that
-// is half written is finished first. The queue needs no bound of its own: what
-// comes over links is bounded by their credit.
+// is half written is finished first. A phone's queue is bounded by its link's
+// credit; a binary's by limit, because frames of phones that have left stay in it.
 type outbox struct {
-	conn *conn
+	conn  *conn
+	limit int // bytes that may wait; 0: no limit of its own
 
 	// Guarded by mu.
 	mu      sync.Mutex
 	sock    *socket // nil until the upgrade is done
 	queue   []message
+	size    int  // bytes of queue, each message with messageOverhead
 	writing bool // the writer runs
 	closing bool // closeAs is set; nothing more is queued
 	closeAs closeCode
@@ -32,14 +34,25 @@ type message struct {
 	link *bus.Link
 }
 
-// put queues m. It returns false when the connection is ending.
+// cost is how m counts against a limit.
+func (m message) cost() int { return len(m.p) + messageOverhead }
+
+// put queues m. It returns false when the connection is ending, and ends one whose
+// peer takes too little for what comes.
 func (o *outbox) put(m message) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.closing || o.failed {
 		return false
 	}
+	if o.limit > 0 && o.size+m.cost() > o.limit {
+		o.closing, o.closeAs = true, codeTooSlow
+		o.dropLocked()
+		o.wakeLocked()
+		return false
+	}
 	o.queue = append(o.queue, m)
+	o.size += m.cost()
 	o.wakeLocked()
 	return true
 }
@@ -68,7 +81,7 @@ func (o *outbox) close(c closeCode, patience time.Duration) bool {
 		o.conn.after(patience, o.dropQueue)
 	}
 	if c.now {
-		o.queue = nil
+		o.dropLocked()
 	}
 	o.wakeLocked()
 	return true
@@ -77,8 +90,11 @@ func (o *outbox) close(c closeCode, patience time.Duration) bool {
 func (o *outbox) dropQueue() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.queue = nil
+	o.dropLocked()
 }
+
+// dropLocked gives up what is queued. o.mu is held.
+func (o *outbox) dropLocked() { o.queue, o.size = nil, 0 }
 
 // fail says that the connection has ended. It returns what was never written.
 func (o *outbox) fail() []message {
@@ -114,13 +130,14 @@ func (o *outbox) writeLoop() {
 			sock, c, closing := o.sock, o.closeAs, o.closing && !o.failed
 			o.mu.Unlock()
 			if closing {
-				sock.close(c)
+				sock.close(c, o.conn.done)
 			}
 			return
 		}
 		m := o.queue[0]
 		o.queue[0] = message{}
 		o.queue = o.queue[1:]
+		o.size -= m.cost()
 		sock := o.sock
 		o.mu.Unlock()
 		if err := sock.write(m.p); err != nil {

@@ -59,6 +59,7 @@ func (g *Gateway) serveServer(w http.ResponseWriter, r *http.Request) {
 	}
 	b := &binary{serverID: h.serverID, version: h.version, addr: addr, phones: make(map[string]*bus.Link), decided: make(chan struct{})}
 	b.init(g, kindBinary, bus.NewConnID(h.serverID), func(int) {})
+	b.out.limit = g.reg.MaxPhones() * (g.reg.Bus().Window() + g.cfg.MaxFrameBytes + backlogSlack)
 	sock, err := upgrade(w, r, &g.cfg, func() error {
 		b.decision = b.claim(registry.WithoutProbe())
 		if b.decision == nil || errors.Is(b.decision, registry.ErrHeld) {
@@ -203,9 +204,6 @@ func (b *binary) handle(msg []byte) {
 	}
 	b.mu.Lock()
 	l := b.phones[string(e.connID)]
-	if l != nil && e.closeCode != 0 {
-		delete(b.phones, string(e.connID)) // its end is the binary's own doing
-	}
 	b.mu.Unlock()
 	if l == nil {
 		b.drop(dropUnknownConn)
@@ -214,14 +212,18 @@ func (b *binary) handle(msg []byte) {
 	if e.frame != nil {
 		buf := make([]byte, bus.Headroom+len(e.frame))
 		copy(buf[bus.Headroom:], e.frame)
-		if errors.Is(l.Offer(buf), bus.ErrBacklog) {
-			b.End(l, bus.ErrBacklog)
-			return
-		}
+		_ = l.Offer(buf) // fails when the link has ended, and then End tells
 	}
 	if e.closeCode != 0 {
 		l.Close(bus.CodeError(e.closeCode)) //nolint:gosec // parseDown: at most 65535
+		b.forget(l)                         // its end is the binary's own doing
 	}
+}
+
+func (b *binary) forget(l *bus.Link) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.phones, l.ConnID())
 }
 
 // drop counts a message that goes nowhere, and logs the first of each kind.
@@ -248,15 +250,16 @@ func (b *binary) Deliver(l *bus.Link, envelope []byte) {
 	if gone || !b.out.put(message{envelope, l}) {
 		l.Close(bus.ErrAway) // its session is in doubt
 	}
+	if l.Ended() {
+		b.forget(l) // closed while this frame was on its way
+	}
 }
 
 // End implements bus.Receiver: a phone has gone, and the binary is told, also of
 // one that never sent a frame. It is not called for a phone that the binary itself
 // asked to close.                         (protocol.md: The routing envelope)
 func (b *binary) End(l *bus.Link, err error) {
-	b.mu.Lock()
-	delete(b.phones, l.ConnID())
-	b.mu.Unlock()
+	b.forget(l)
 	b.out.put(message{p: closeNotice(l.ConnID(), noticeCode(err))})
 }
 

@@ -44,8 +44,8 @@ type wire struct {
 }
 
 func (w *wire) Write(p []byte) (int, error) {
-	if err := w.SetWriteDeadline(time.Now().Add(w.writeTimeout)); err != nil {
-		return 0, err
+	if len(w.turn) == 0 { // a message has one deadline for all its writes
+		_ = w.SetWriteDeadline(time.Now().Add(w.writeTimeout)) // fails only when closed, and then the write fails too
 	}
 	return w.Conn.Write(p)
 }
@@ -107,12 +107,13 @@ func (w *wire) rest(control bool) {
 	}
 }
 
-// stop ends the bounds on reading, for close.
+// stop replaces the bounds on reading by close's: the library has none while it
+// drains a frame that the peer has begun.
 func (w *wire) stop() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.closing = true
-	_ = w.SetReadDeadline(time.Time{})
+	_ = w.SetReadDeadline(time.Now().Add(closeTimeout))
 }
 
 // upgrade answers a WebSocket handshake. When the handshake is valid and before
@@ -129,6 +130,7 @@ func upgrade(w http.ResponseWriter, r *http.Request, cfg *Config, decide func() 
 	if err != nil {
 		return nil, errors.Join(u.refused, err)
 	}
+	u.ResponseWriter, u.decide = nil, nil // the library keeps u; the request and its headers go
 	ws.SetReadLimit(-1)
 	return &socket{ws: ws, wire: u.wire}, nil
 }
@@ -196,19 +198,33 @@ func (u *upgrader) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 // limitSendBuffer keeps the kernel from taking megabytes for a peer that reads
 // slowly: a ping would wait behind them for longer than PongTimeout.
 func limitSendBuffer(conn net.Conn) {
-	for {
-		switch c := conn.(type) {
-		case interface{ SetWriteBuffer(int) error }:
+	for ; conn != nil; conn = under(conn) {
+		if c, ok := conn.(interface{ SetWriteBuffer(int) error }); ok {
 			_ = c.SetWriteBuffer(sendBuffer) // a wish
-			return
-		case interface{ NetConn() net.Conn }: // TLS
-			conn = c.NetConn()
-		case interface{ Raw() net.Conn }: // PROXY protocol
-			conn = c.Raw()
-		default:
 			return
 		}
 	}
+}
+
+// closeWrite ends the direction to the peer, if the connection can do that.
+func closeWrite(conn net.Conn) {
+	for ; conn != nil; conn = under(conn) {
+		if c, ok := conn.(interface{ CloseWrite() error }); ok {
+			_ = c.CloseWrite() // it is dropped soon anyway
+			return
+		}
+	}
+}
+
+// under is the connection that conn wraps, nil if none is known.
+func under(conn net.Conn) net.Conn {
+	switch c := conn.(type) {
+	case interface{ NetConn() net.Conn }: // TLS
+		return c.NetConn()
+	case interface{ Raw() net.Conn }: // PROXY protocol
+		return c.Raw()
+	}
+	return nil
 }
 
 func (u *upgrader) refuse(err error) {
@@ -247,6 +263,7 @@ func (s *socket) endMessage() { s.wire.rest(false) }
 func (s *socket) write(p []byte) error {
 	s.wire.turn <- struct{}{}
 	defer func() { <-s.wire.turn }()
+	_ = s.wire.SetWriteDeadline(time.Now().Add(s.wire.writeTimeout))
 	return s.ws.Write(context.Background(), websocket.MessageText, p)
 }
 
@@ -262,9 +279,16 @@ func (s *socket) ping(ctx context.Context) error {
 	}
 }
 
-// close sends a close frame, waits for the peer's (at most 5 s), and closes.
-func (s *socket) close(c closeCode) {
+// close sends a close frame, waits for the peer's (at most 5 s), and closes. A code
+// that may not be in one closes this direction only: dropped at once, what was
+// written last could be lost with what the peer has sent meanwhile.
+func (s *socket) close(c closeCode, ended <-chan struct{}) {
 	if !sendable(c.code) {
+		closeWrite(s.wire.Conn)
+		select {
+		case <-ended:
+		case <-time.After(dropPatience):
+		}
 		s.drop()
 		return
 	}

@@ -37,18 +37,20 @@ type record struct {
 	exists   bool
 }
 
-// create makes the bucket if it is not there. A gateway that may not create finds
+// create makes the bucket, with replicas, if it is not there. A gateway that may not create finds
 // the one that an operator made.
-func (b *bucket) create(ctx context.Context) error {
+func (b *bucket) create(ctx context.Context, replicas int) error {
 	js := b.conn.JetStream()
 	if _, err := js.KeyValue(ctx, b.cfg.Bucket); err == nil {
 		return nil
 	}
-	_, err := js.CreateKeyValue(ctx, b.cfg)
+	cfg := b.cfg
+	cfg.Replicas = replicas
+	_, err := js.CreateKeyValue(ctx, cfg)
 	var api *jetstream.APIError
 	if errors.As(err, &api) && api.ErrorCode == errCodeNotClustered {
-		b.cfg.Replicas = 1 // a server that only looked like a cluster, by the addresses it has
-		_, err = js.CreateKeyValue(ctx, b.cfg)
+		cfg.Replicas = 1 // a server that only looked like a cluster, by the addresses it has
+		_, err = js.CreateKeyValue(ctx, cfg)
 	}
 	if err == nil || errors.Is(err, jetstream.ErrBucketExists) {
 		return nil

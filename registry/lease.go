@@ -158,7 +158,8 @@ func (r *Registry) renewed(rev uint64, start time.Time, anew bool) {
 	r.lease.mu.Unlock()
 	r.troubleOver()
 	if anew {
-		r.sweepSoon() // whatever this node holds may have been given away
+		r.sweepSoon()    // whatever this node holds may have been given away
+		r.bus.ProbeAll() // and others may have ended their links to it
 	}
 }
 

@@ -3,7 +3,6 @@ package registry
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"sync"
 	"sync/atomic"
@@ -79,12 +78,16 @@ func New(b *bus.Bus, cfg Config, log *slog.Logger) *Registry {
 		suspects: make(map[bus.NodeID]time.Time),
 		reapDue:  true, // whoever ran here before may have left entries
 	}
-	r.nodes = &bucket{conn: b.Conn(), cfg: jetstream.KeyValueConfig{
-		Bucket: cfg.KVPrefix + "_nodes", TTL: cfg.LeaseTTL,
-	}}
-	r.presence = &bucket{conn: b.Conn(), cfg: jetstream.KeyValueConfig{
-		Bucket: cfg.KVPrefix + "_presence",
-	}}
+	storage := jetstream.FileStorage
+	if cfg.Memory {
+		storage = jetstream.MemoryStorage
+	}
+	bucketOf := func(name string, ttl time.Duration) *bucket {
+		return &bucket{conn: b.Conn(), cfg: jetstream.KeyValueConfig{
+			Bucket: cfg.KVPrefix + name, History: 1, TTL: ttl, LimitMarkerTTL: markerTTL, Storage: storage,
+		}}
+	}
+	r.nodes, r.presence = bucketOf("_nodes", cfg.LeaseTTL), bucketOf("_presence", 0)
 	return r
 }
 
@@ -96,6 +99,9 @@ func (r *Registry) Grace() time.Duration { return r.cfg.Grace }
 
 // ProbeTimeout is how long an incumbent has to answer a ping.
 func (r *Registry) ProbeTimeout() time.Duration { return r.cfg.ProbeTimeout }
+
+// MaxPhones is how many phones a server-id may have.
+func (r *Registry) MaxPhones() int { return r.cfg.MaxPhones }
 
 // Region labels this node.
 func (r *Registry) Region() string { return r.cfg.Region }
@@ -171,17 +177,11 @@ func (r *Registry) createBuckets(ctx context.Context) error {
 		return errors.New("not connected to NATS")
 	}
 	for _, b := range []*bucket{r.nodes, r.presence} {
-		b.cfg.History = 1
-		b.cfg.LimitMarkerTTL = markerTTL
-		b.cfg.Replicas = r.replicas()
-		if r.cfg.Memory {
-			b.cfg.Storage = jetstream.MemoryStorage
-		}
 		ctx, cancel := context.WithTimeout(ctx, kvTimeout) // some requests are never answered when several nodes create at once
-		err := b.create(ctx)
+		err := b.create(ctx, r.replicas())
 		cancel()
 		if err != nil {
-			return fmt.Errorf("%w", err)
+			return err
 		}
 	}
 	return nil

@@ -17,6 +17,7 @@ func (r *Registry) sweepSoon() { nudge(r.sweepNow) }
 func (r *Registry) sweepLoop(ctx context.Context) {
 	ticker := time.NewTicker(sweepEvery)
 	defer ticker.Stop()
+	missing := false // a bucket is, and that has been logged
 	for {
 		select {
 		case <-ctx.Done():
@@ -28,9 +29,15 @@ func (r *Registry) sweepLoop(ctx context.Context) {
 			continue
 		}
 		if err := r.createBuckets(ctx); err != nil { // one may have been deleted
-			r.log.Warn("bucket_missing", "error", err.Error())
+			if !missing {
+				r.log.Warn("bucket_missing", "error", err.Error())
+			}
+			missing = true
+			pause(ctx, leaseRetry)
+			r.sweepSoon()
 			continue
 		}
+		missing = false
 		r.sweep(ctx)
 	}
 }

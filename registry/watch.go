@@ -35,8 +35,12 @@ func (r *Registry) watch(ctx context.Context, n bus.NodeID) {
 	err := r.bus.Hello(ctx, n)
 	if err == nil || !r.bus.Conn().Connected() { // this node learns nothing about others while it is cut off itself
 		r.mu.Lock()
+		_, suspected := r.suspects[n]
 		delete(r.suspects, n)
 		r.mu.Unlock()
+		if err == nil && suspected {
+			r.bus.ProbeAll() // it may have taken this node for dead meanwhile
+		}
 		return
 	}
 	now := time.Now()

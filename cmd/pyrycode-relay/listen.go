@@ -25,7 +25,7 @@ const (
 	readHeaderTimeout = 5 * time.Second  // the PROXY header, the TLS handshake, then the request's header
 	readTimeout       = 15 * time.Second // a whole request; above the 5 s in which an upgrade is answered
 	writeTimeout      = 20 * time.Second // a whole answer
-	idleTimeout       = 30 * time.Second // between two requests
+	idleTimeout       = 5 * time.Second  // between two requests; a health check needs no more
 	maxHeaderBytes    = 128 << 10        // a server-id of 100 KB has to get as far as its 400 (protocol.md)
 )
 
@@ -36,6 +36,7 @@ type listeners struct {
 	log    *slog.Logger
 	all    []*listener
 	failed chan error // one slot for each of all
+	limit  func(net.Listener) net.Listener
 
 	serving sync.WaitGroup
 }
@@ -51,7 +52,7 @@ type listener struct {
 // public ones and metrics on its own. All or none are open when it returns; an
 // error names flag and address. Nothing is accepted before serve.
 func openListeners(cfg config, handler, metrics http.Handler, log *slog.Logger) (*listeners, error) {
-	l := &listeners{log: log}
+	l := &listeners{log: log, limit: limitListeners(maxTCPConnections(cfg))}
 	if err := l.open(cfg, handler, metrics); err != nil {
 		l.close()
 		return nil, err
@@ -117,6 +118,9 @@ func (l *listeners) add(name, addr string, handler http.Handler) error {
 	port, err := net.Listen("tcp", addr)
 	if err != nil {
 		return withoutAddress(err)
+	}
+	if name != "metrics" {
+		port = l.limit(port)
 	}
 	l.all = append(l.all, &listener{name, port, newServer(handler, l.log)})
 	return nil

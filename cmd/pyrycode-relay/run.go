@@ -161,6 +161,13 @@ func maxConnections(cfg config) int {
 	return int(limit.Cur) * 8 / 10 //nolint:gosec // at most 1<<30
 }
 
+// maxTCPConnections bounds what the public ports have open together: an eighth
+// more than the WebSockets, which leaves a tenth of the file descriptors.
+func maxTCPConnections(cfg config) int {
+	n := maxConnections(cfg)
+	return n + n/8
+}
+
 func metricsHandler(metrics *prometheus.Registry) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}))

@@ -1,0 +1,56 @@
+package main
+
+import (
+	"net"
+	"sync"
+)
+
+// limitListeners makes ports share a bound on open connections, WebSockets and
+// others: over it, new ones wait in the kernel. The cap on WebSockets alone would
+// not keep idle HTTP connections from taking every file descriptor.
+func limitListeners(limit int) func(net.Listener) net.Listener {
+	if limit <= 0 {
+		return func(port net.Listener) net.Listener { return port }
+	}
+	slots := make(chan struct{}, limit)
+	return func(port net.Listener) net.Listener {
+		return &limitedListener{Listener: port, slots: slots, closed: make(chan struct{})}
+	}
+}
+
+type limitedListener struct {
+	net.Listener
+	slots  chan struct{}
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (l *limitedListener) Accept() (net.Conn, error) {
+	select {
+	case l.slots <- struct{}{}:
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		<-l.slots
+		return nil, err
+	}
+	return &limitedConn{TCPConn: conn.(*net.TCPConn), release: sync.OnceFunc(func() { <-l.slots })}, nil
+}
+
+func (l *limitedListener) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return l.Listener.Close()
+}
+
+// limitedConn gives its slot back when it is closed.
+type limitedConn struct {
+	*net.TCPConn
+	release func()
+}
+
+func (c *limitedConn) Close() error {
+	defer c.release()
+	return c.TCPConn.Close()
+}
