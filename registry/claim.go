@@ -159,7 +159,11 @@ func (r *Registry) Taken(_ string, session bus.SessionID) {
 	if h == nil {
 		return
 	}
-	r.spawn(func() { r.check(r.ctx, h) })
+	r.spawn(func() {
+		if !r.check(r.ctx, h) {
+			r.sweepSoon()
+		}
+	})
 }
 
 func (r *Registry) holdingOf(s bus.SessionID) *holding {

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/pyrycode/pyrycode-relay/bus"
@@ -28,23 +29,22 @@ func (r *Registry) sweepLoop(ctx context.Context) {
 		if r.Ready() != nil {
 			continue
 		}
-		if err := r.createBuckets(ctx); err != nil { // one may have been deleted
-			if !missing {
-				r.log.Warn("bucket_missing", "error", err.Error())
-			}
-			missing = true
+		err := r.createBuckets(ctx) // one may have been deleted
+		if err != nil && !missing {
+			r.log.Warn("bucket_missing", "error", err.Error())
+		}
+		missing = err != nil
+		if missing || !r.sweep(ctx) {
 			pause(ctx, leaseRetry)
 			r.sweepSoon()
-			continue
 		}
-		missing = false
-		r.sweep(ctx)
 	}
 }
 
 // sweep makes "connected means registered" true again, whatever happened to the
-// KV, and removes what this node left behind there.
-func (r *Registry) sweep(ctx context.Context) {
+// KV, and removes what this node left behind there. It returns false if something
+// could not be found out, and gives up when the KV does not seem to answer at all.
+func (r *Registry) sweep(ctx context.Context) bool {
 	r.mu.Lock()
 	holdings := make([]*holding, 0, len(r.current))
 	for _, h := range r.current {
@@ -52,11 +52,22 @@ func (r *Registry) sweep(ctx context.Context) {
 	}
 	orphans := maps.Clone(r.orphans)
 	r.mu.Unlock()
+	answering, giveUp := context.WithCancel(ctx)
+	defer giveUp()
+	var unknown atomic.Int32
 	for chunk := range slices.Chunk(holdings, maxGetMany) {
-		eachOf(r.differing(ctx, chunk), sweepWorkers, func(h *holding) { r.check(ctx, h) })
+		eachOf(r.differing(answering, chunk), sweepWorkers, func(h *holding) {
+			if !r.check(answering, h) && unknown.Add(1) == sweepWorkers {
+				giveUp()
+			}
+		})
+	}
+	if answering.Err() != nil {
+		return false
 	}
 	eachOf(slices.Collect(maps.Keys(orphans)), sweepWorkers, func(s bus.SessionID) { r.removeOrphan(ctx, s, orphans[s]) })
 	r.lookAtNodes(ctx)
+	return unknown.Load() == 0
 }
 
 // differing picks the holdings that the KV may not agree with.
@@ -99,39 +110,41 @@ func eachOf[T any](list []T, workers int, f func(T)) {
 }
 
 // check compares one holding with the KV: its own entry is fine, a missing one is
-// written again, another session's supersedes the holding. What it cannot find out
-// in a few tries is left to the next sweep.
-func (r *Registry) check(ctx context.Context, h *holding) {
+// written again, another session's supersedes the holding. It returns false if the
+// KV did not answer, or changed under it all the time.
+func (r *Registry) check(ctx context.Context, h *holding) bool {
 	for range checkTries {
 		rec, err := r.presence.getLeader(ctx, h.key())
 		if err != nil {
-			return
+			return false
 		}
 		e, ok := entryOf(rec)
 		switch {
 		case ok && e.Session != h.session:
 			if r.lostTo(ctx, h, rec, e) {
-				return
+				return true
 			}
 		case ok && r.agrees(h, e):
-			return
+			return true
 		default:
 			r.wrote(h, claiming, rec.revision)
-			r.rewrite(ctx, h)
-			return
+			return r.rewrite(ctx, h)
 		}
 		if !pause(ctx, retryWait) {
-			return
+			return false
 		}
 	}
+	return false
 }
 
-func (r *Registry) rewrite(ctx context.Context, h *holding) {
+func (r *Registry) rewrite(ctx context.Context, h *holding) bool {
 	ctx, cancel := context.WithTimeout(ctx, decideTimeout)
 	defer cancel()
-	if err := r.writeHolding(ctx, h); err != nil {
+	err := r.writeHolding(ctx, h)
+	if err != nil {
 		r.log.Debug("entry_not_written", "server_id", logID(h.serverID), "error", err.Error())
 	}
+	return err == nil
 }
 
 // lostTo supersedes h if rec, which names another session, is what the KV says
