@@ -6,6 +6,8 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"io"
+	"os"
 	"testing"
 	"time"
 
@@ -252,4 +254,25 @@ func TestPhoneCap_OverTheCluster(t *testing.T) {
 		}
 		wantQuiet(t, b.Peer) // nothing of those that were refused
 	})
+}
+
+// The library reads a frame that has begun to its end before it looks for the
+// close frame, and this frame never ends.
+func TestClose_EndsUnderAFrameThatNeverComes(t *testing.T) {
+	t.Parallel()
+	n := newCluster(t, 1)[0]
+	id := newServerID()
+	n.binary(id)
+	c := n.rawDial(id)
+	head := []byte{0x81, 0x80 | 127, 0, 0, 1, 0, 0, 0, 0, 0, 1, 2, 3, 4} // 2^40 bytes of text
+	if _, err := c.Write(append(head, make([]byte, 263_000)...)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Write(make([]byte, 15_000)); err != nil {
+		t.Fatal(err)
+	}
+	_ = c.SetReadDeadline(time.Now().Add(closeTimeout + patience))
+	if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the connection is still open")
+	}
 }

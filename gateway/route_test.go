@@ -138,6 +138,7 @@ func TestRoute_InvalidJSON_1007(t *testing.T) {
 			p.send(frame)
 			p.wantClosed(1007, "frame is not valid JSON")
 			b.wantNotice(connID, 1007) // and nothing before it
+			await(t, "it is gone", func() bool { return len(connIDs(phones.reg, id)) == 0 })
 			silent := phones.phone(id)
 			connID = connIDs(phones.reg, id)[0]
 			silent.send(frame)

@@ -50,3 +50,21 @@ func TestAnotherSessionInTheKV_DisplacesTheHolder(t *testing.T) {
 		wantQuiet(t, "a second eviction", b.evicted)
 	})
 }
+
+// A node that was frozen for longer than its lease still has its ends of links
+// that the others have ended: it finds out when its lease is back.
+func TestFrozenNode_EndsLinksThatTheOthersForgot(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		ns[0].mustClaim("id")
+		p := ns[1].mustDial("id")
+		ns[0].bus.EndNode(ns[1].id) // as it does when a lease is gone
+		wantQuiet(t, "end of the phone", p.in.ends)
+		ns[1].lease.mu.Lock()
+		ns[1].lease.renewed = time.Now().Add(-ns[1].cfg.LeaseTTL) // the clock went on while it was frozen
+		ns[1].lease.mu.Unlock()
+		nudge(ns[1].renewNow)
+		wantErr(t, "the phone", within(t, 5*time.Second, "end", p.in.ends), bus.ErrLinkLost)
+		ns[1].mustDial("id")
+	})
+}
