@@ -38,12 +38,11 @@ type Bus struct {
 	// Static after Start.
 	node    NodeID
 	cfg     Config
-	conn    *Conn
+	conn    *Conn // nil over another transport
+	net     Transport
 	log     *slog.Logger
 	handler Handler
-	sub     *nats.Subscription
-
-	dispatched chan struct{} // closed when dispatch has run for the last time
+	silence func() // ends the subscription
 
 	mu    sync.RWMutex
 	links map[linkKey]linkEntry
@@ -68,6 +67,26 @@ type Bus struct {
 	unpublished atomic.Uint64
 }
 
+// Transport carries messages between nodes. Messages from one node to another
+// arrive in the order of their publishing, or not at all. All methods may be called
+// concurrently. Conn is the one in use; simulations have their own.
+type Transport interface {
+	// Subscribe calls f for each message to subject, one at a time, until stop has
+	// returned.
+	Subscribe(subject string, f func(*nats.Msg)) (stop func(), err error)
+	// Publish sends data and does not wait. An error means that it is lost, nil
+	// means nothing. replyTo may be empty.
+	Publish(subject, replyTo string, data []byte) error
+	// Request sends data and waits for an answer. The error is ErrNoResponders if
+	// nobody subscribes to subject, a context error, or another.
+	Request(ctx context.Context, subject string, data []byte) (*nats.Msg, error)
+	// Connected reports whether messages can go out, as far as is known. It does not
+	// block.
+	Connected() bool
+	// OnDisturbed has f called after messages may have been lost.
+	OnDisturbed(f func())
+}
+
 // envelope is a message with its address.
 type envelope struct {
 	subject string
@@ -76,25 +95,34 @@ type envelope struct {
 
 // New returns the bus of node over conn. It starts nothing.
 func New(conn *Conn, node NodeID, cfg Config, log *slog.Logger) *Bus {
+	b := NewOver(conn, node, cfg, log)
+	b.conn = conn
+	return b
+}
+
+// NewOver returns the bus of node over a transport that is no NATS connection.
+func NewOver(net Transport, node NodeID, cfg Config, log *slog.Logger) *Bus {
 	ctx, cancel := context.WithCancel(context.Background())
 	stop := make(chan struct{})
 	return &Bus{
-		node: node, cfg: cfg.withDefaults(), conn: conn, log: EventLogger(log),
+		node: node, cfg: cfg.withDefaults(), net: net, log: EventLogger(log),
 		links: make(map[linkKey]linkEntry),
 		nodes: make(map[NodeID]int),
 		timed: make(map[*Link]struct{}),
 		wake:  make(chan struct{}, 1),
 		ctx:   ctx, cancel: cancel,
 		stop: stop, stopPump: sync.OnceFunc(func() { close(stop) }),
-		dispatched: make(chan struct{}),
 	}
 }
 
 // Node is this node's id.
 func (b *Bus) Node() NodeID { return b.node }
 
-// Conn is the NATS connection of the bus.
+// Conn is the NATS connection of the bus; nil if it runs over another transport.
 func (b *Bus) Conn() *Conn { return b.conn }
+
+// Connected reports whether the transport is up.
+func (b *Bus) Connected() bool { return b.net.Connected() }
 
 // Window is the link window in bytes, and how much a phone's frames may take
 // while they wait for a binary that is away.
@@ -111,16 +139,12 @@ func (b *Bus) Unpublished() uint64 { return b.unpublished.Load() }
 // on its way to the server: from then on h is asked. Close ends what it started.
 func (b *Bus) Start(h Handler) error {
 	b.handler = h
-	sub, err := b.conn.nc.Subscribe(nodeWildcard(b.node), b.dispatch)
+	silence, err := b.net.Subscribe(nodeWildcard(b.node), b.dispatch)
 	if err != nil {
 		return fmt.Errorf("subscribe for node %s: %w", b.node, err)
 	}
-	if err := sub.SetPendingLimits(subscriptionMessages, subscriptionBytes); err != nil {
-		return fmt.Errorf("subscribe for node %s: %w", b.node, err)
-	}
-	sub.SetClosedHandler(func(string) { close(b.dispatched) })
-	b.sub = sub
-	b.conn.onDisturbed(b.ProbeAll)
+	b.silence = silence
+	b.net.OnDisturbed(b.ProbeAll)
 	b.pump.Go(b.pumpLoop)
 	return nil
 }
@@ -129,9 +153,8 @@ func (b *Bus) Start(h Handler) error {
 // every link that is left, with ErrLinkLost on this side. It sends what links
 // have to say before, and does not close the NATS connection.
 func (b *Bus) Close() {
-	if b.sub != nil {
-		_ = b.sub.Unsubscribe() // fails only when the connection is closed
-		<-b.dispatched
+	if b.silence != nil {
+		b.silence()
 	}
 	b.cancel()
 	b.tasks.Wait()
@@ -295,13 +318,8 @@ func (b *Bus) Taken(node NodeID, serverID string, session SessionID) {
 
 // request sends m to another node and waits for the answer.
 func (b *Bus) request(ctx context.Context, subject string, m Message) (Message, error) {
-	msg := nats.NewMsg(subject)
-	msg.Data = m.encode()
-	answer, err := b.conn.nc.RequestMsgWithContext(ctx, msg)
-	switch {
-	case errors.Is(err, nats.ErrNoResponders):
-		return Message{}, ErrNoResponders
-	case err != nil:
+	answer, err := b.net.Request(ctx, subject, m.encode())
+	if err != nil {
 		return Message{}, err
 	}
 	return decode(answer.Data)

@@ -205,8 +205,34 @@ func (c *Conn) MaxPayload() int64 { return c.nc.MaxPayload() }
 // JetStream is for the registry's buckets.
 func (c *Conn) JetStream() jetstream.JetStream { return c.js }
 
-// Request is a plain NATS request, for the JetStream calls that have no client
-// method. The error is ErrNoResponders or what NATS says.
+// Subscribe implements Transport. It returns when the subscription is on its way to
+// the server.
+func (c *Conn) Subscribe(subject string, f func(*nats.Msg)) (stop func(), err error) {
+	sub, err := c.nc.Subscribe(subject, f)
+	if err != nil {
+		return nil, err
+	}
+	if err := sub.SetPendingLimits(subscriptionMessages, subscriptionBytes); err != nil {
+		return nil, err
+	}
+	done := make(chan struct{}) // f has run for the last time
+	sub.SetClosedHandler(func(string) { close(done) })
+	return func() {
+		_ = sub.Unsubscribe() // fails only when the connection is closed
+		<-done
+	}, nil
+}
+
+// Publish implements Transport.
+func (c *Conn) Publish(subject, replyTo string, data []byte) error {
+	if replyTo == "" {
+		return c.nc.Publish(subject, data)
+	}
+	return c.nc.PublishRequest(subject, replyTo, data)
+}
+
+// Request implements Transport; it also makes the JetStream calls that have no
+// client method.
 func (c *Conn) Request(ctx context.Context, subject string, data []byte) (*nats.Msg, error) {
 	msg, err := c.nc.RequestWithContext(ctx, subject, data)
 	if errors.Is(err, nats.ErrNoResponders) {
@@ -273,7 +299,8 @@ func (c *Conn) Close() {
 	}
 }
 
-func (c *Conn) onDisturbed(f func()) {
+// OnDisturbed implements Transport.
+func (c *Conn) OnDisturbed(f func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.disturbed = append(c.disturbed, f)

@@ -223,13 +223,7 @@ func (b *Bus) publish(subject, replyTo string, m *Message, buf []byte) {
 	} else {
 		m.putHeader(buf)
 	}
-	var err error
-	if replyTo == "" {
-		err = b.conn.nc.Publish(subject, buf)
-	} else {
-		err = b.conn.nc.PublishRequest(subject, replyTo, buf)
-	}
-	if err != nil {
+	if err := b.net.Publish(subject, replyTo, buf); err != nil {
 		b.unpublished.Add(1)
 	}
 }

@@ -22,11 +22,42 @@ const errCodeNotClustered jetstream.ErrorCode = 10074
 // operationHeader marks a key that ended.
 const operationHeader = "KV-Operation"
 
-// bucket is one KV bucket. A read is a hint; only a write that was acknowledged,
-// or errLost, proves anything.            (docs/adr/0004; nats-measured.md 2.2)
+// kv is one KV bucket, as the registry uses it. A read is a hint; only a write that
+// was acknowledged, or errLost, proves anything. Keys are tokens. All methods may be
+// called concurrently, and end when ctx does.
+//
+//	(docs/adr/0004; nats-measured.md 2.2)
+type kv interface {
+	// create makes the bucket if it is not there.
+	create(ctx context.Context) error
+	// put writes value if the key's latest revision is rev (0: there is none). With a
+	// ttl (whole seconds) the key ends by itself. It returns the new revision,
+	// errLost or errUnknown.
+	put(ctx context.Context, key string, value []byte, rev uint64, ttl time.Duration) (uint64, error)
+	// remove ends the key if its latest revision is rev. What marks its end goes after
+	// markerTTL. Errors as put.
+	remove(ctx context.Context, key string, rev uint64) error
+	// get reads from whichever replica answers: it may be old without bound. The
+	// error is errUnknown.
+	get(ctx context.Context, key string) (record, error)
+	// getLeader reads from the leader: it may be old while that is cut off. The error
+	// is errUnknown.
+	getLeader(ctx context.Context, key string) (record, error)
+	// getMany reads at most maxGetMany keys like get. Keys without a record are not in
+	// the result.
+	getMany(ctx context.Context, keys []string) (map[string]record, error)
+	// keys lists the keys that have a record, of those that ended included, like get.
+	keys(ctx context.Context) ([]string, error)
+	// each calls f for every key that is there, from the leader's point of view when
+	// the scan began.
+	each(ctx context.Context, f func(key string, rec record)) error
+}
+
+// bucket is a kv on JetStream.
 type bucket struct {
-	conn *bus.Conn
-	cfg  jetstream.KeyValueConfig
+	conn     *bus.Conn
+	cfg      jetstream.KeyValueConfig
+	replicas int // when this node creates it; 0: what suits the cluster
 }
 
 // record is one key's latest state. A key that ended has a revision (its
@@ -37,15 +68,17 @@ type record struct {
 	exists   bool
 }
 
-// create makes the bucket, with replicas, if it is not there. A gateway that may not create finds
-// the one that an operator made.
-func (b *bucket) create(ctx context.Context, replicas int) error {
+// create implements kv. A gateway that may not create finds the one that an operator
+// made.
+func (b *bucket) create(ctx context.Context) error {
 	js := b.conn.JetStream()
 	if _, err := js.KeyValue(ctx, b.cfg.Bucket); err == nil {
 		return nil
 	}
 	cfg := b.cfg
-	cfg.Replicas = replicas
+	if cfg.Replicas = b.replicas; cfg.Replicas == 0 {
+		cfg.Replicas = replicasFor(b.conn.Servers())
+	}
 	_, err := js.CreateKeyValue(ctx, cfg)
 	var api *jetstream.APIError
 	if errors.As(err, &api) && api.ErrorCode == errCodeNotClustered {
@@ -58,19 +91,22 @@ func (b *bucket) create(ctx context.Context, replicas int) error {
 	return fmt.Errorf("create bucket %s: %w", b.cfg.Bucket, err)
 }
 
+// replicasFor is how many replicas a bucket has in a cluster of so many servers.
+func replicasFor(servers int) int {
+	if servers >= 3 {
+		return 3
+	}
+	return 1
+}
+
 func (b *bucket) subject(key string) string { return "$KV." + b.cfg.Bucket + "." + key }
 
-// put writes value if the key's latest revision is rev (0: there is none). With a
-// ttl (whole seconds) the key ends by itself. It returns the new revision,
-// errLost or errUnknown.
 func (b *bucket) put(ctx context.Context, key string, value []byte, rev uint64, ttl time.Duration) (uint64, error) {
 	msg := nats.NewMsg(b.subject(key))
 	msg.Data = value
 	return b.publish(ctx, msg, rev, ttl)
 }
 
-// remove ends the key if its latest revision is rev. What marks its end goes after
-// markerTTL. Errors as put.
 func (b *bucket) remove(ctx context.Context, key string, rev uint64) error {
 	msg := nats.NewMsg(b.subject(key))
 	msg.Header.Set(operationHeader, "DEL")
@@ -96,7 +132,6 @@ func (b *bucket) publish(ctx context.Context, msg *nats.Msg, rev uint64, ttl tim
 	return 0, fmt.Errorf("%w: write to %s: %w", errUnknown, b.cfg.Bucket, err)
 }
 
-// get reads from whichever replica answers: a hint.
 func (b *bucket) get(ctx context.Context, key string) (record, error) {
 	ctx, cancel := context.WithTimeout(ctx, kvTimeout)
 	defer cancel()
@@ -125,8 +160,6 @@ func (b *bucket) direct(answer *nats.Msg) (key string, rec record, err error) {
 	return key, record{value: answer.Data, revision: revision, exists: !ended}, nil
 }
 
-// getMany reads many keys, at most maxGetMany, like get: a hint. Keys without a
-// record are not in the result.
 func (b *bucket) getMany(ctx context.Context, keys []string) (map[string]record, error) {
 	ctx, cancel := context.WithTimeout(ctx, kvTimeout)
 	defer cancel()
@@ -159,8 +192,6 @@ func (b *bucket) getMany(ctx context.Context, keys []string) (map[string]record,
 	return found, nil
 }
 
-// each calls f for every key that is there, from the leader's point of view when
-// the scan began.
 func (b *bucket) each(ctx context.Context, f func(key string, rec record)) error {
 	kv, err := b.conn.JetStream().KeyValue(ctx, b.cfg.Bucket)
 	if err != nil {
@@ -184,7 +215,6 @@ func (b *bucket) each(ctx context.Context, f func(key string, rec record)) error
 	}
 }
 
-// getLeader reads from the leader.
 func (b *bucket) getLeader(ctx context.Context, key string) (record, error) {
 	ctx, cancel := context.WithTimeout(ctx, kvTimeout)
 	defer cancel()
@@ -199,8 +229,6 @@ func (b *bucket) getLeader(ctx context.Context, key string) (record, error) {
 	return parseStored(answer.Data)
 }
 
-// keys lists the keys that are there, markers of keys that ended included: a
-// hint, for a bucket of few keys.
 func (b *bucket) keys(ctx context.Context) ([]string, error) {
 	stream, err := b.conn.JetStream().Stream(ctx, b.stream())
 	if err != nil {

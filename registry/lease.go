@@ -56,7 +56,7 @@ func (r *Registry) Ready() error {
 	switch {
 	case r.lease.draining:
 		return fmt.Errorf("%w: draining", ErrNotReady)
-	case !r.bus.Conn().Connected():
+	case !r.bus.Connected():
 		return fmt.Errorf("%w: not connected to NATS", ErrNotReady)
 	case r.lease.renewed.IsZero():
 		return fmt.Errorf("%w: no lease yet", ErrNotReady)
@@ -204,7 +204,7 @@ func (r *Registry) askNode(ctx context.Context, node bus.NodeID) nodeState {
 			return nodeAlive
 		case r.leaseGone(ctx, node):
 			return nodeDead
-		case !errors.Is(err, bus.ErrNoResponders) || !r.bus.Conn().Connected():
+		case !errors.Is(err, bus.ErrNoResponders) || !r.bus.Connected():
 			return nodeUnknown
 		case try > 0:
 			return nodeDead

@@ -28,8 +28,8 @@ type Registry struct {
 	bus      *bus.Bus
 	cfg      Config
 	log      *slog.Logger
-	nodes    *bucket
-	presence *bucket
+	nodes    kv
+	presence kv
 
 	lease    lease
 	renewNow chan struct{}
@@ -63,12 +63,26 @@ type orphan struct {
 	until    time.Time // it is looked for
 }
 
-// New returns the registry of the node of b. It starts nothing.
+// New returns the registry of the node of b, with its buckets on the NATS
+// connection of b. It starts nothing.
 func New(b *bus.Bus, cfg Config, log *slog.Logger) *Registry {
 	cfg = cfg.withDefaults()
+	storage := jetstream.FileStorage
+	if cfg.Memory {
+		storage = jetstream.MemoryStorage
+	}
+	bucketOf := func(name string, ttl time.Duration) *bucket {
+		return &bucket{conn: b.Conn(), replicas: cfg.KVReplicas, cfg: jetstream.KeyValueConfig{
+			Bucket: cfg.KVPrefix + name, History: 1, TTL: ttl, LimitMarkerTTL: markerTTL, Storage: storage,
+		}}
+	}
+	return newOver(b, cfg, log, bucketOf("_nodes", cfg.LeaseTTL), bucketOf("_presence", 0))
+}
+
+func newOver(b *bus.Bus, cfg Config, log *slog.Logger, nodes, presence kv) *Registry {
 	ctx, cancel := context.WithCancel(context.Background())
-	r := &Registry{
-		bus: b, cfg: cfg, log: bus.EventLogger(log),
+	return &Registry{
+		bus: b, cfg: cfg, nodes: nodes, presence: presence, log: bus.EventLogger(log),
 		renewNow: make(chan struct{}, 1), sweepNow: make(chan struct{}, 1),
 		ctx: ctx, cancel: cancel,
 		current:  make(map[string]*holding),
@@ -78,17 +92,6 @@ func New(b *bus.Bus, cfg Config, log *slog.Logger) *Registry {
 		suspects: make(map[bus.NodeID]time.Time),
 		reapDue:  true, // whoever ran here before may have left entries
 	}
-	storage := jetstream.FileStorage
-	if cfg.Memory {
-		storage = jetstream.MemoryStorage
-	}
-	bucketOf := func(name string, ttl time.Duration) *bucket {
-		return &bucket{conn: b.Conn(), cfg: jetstream.KeyValueConfig{
-			Bucket: cfg.KVPrefix + name, History: 1, TTL: ttl, LimitMarkerTTL: markerTTL, Storage: storage,
-		}}
-	}
-	r.nodes, r.presence = bucketOf("_nodes", cfg.LeaseTTL), bucketOf("_presence", 0)
-	return r
 }
 
 // Bus is what the registry's links run over.
@@ -173,28 +176,18 @@ func (r *Registry) dropLease(ctx context.Context) {
 
 // createBuckets makes the buckets where they are missing.
 func (r *Registry) createBuckets(ctx context.Context) error {
-	if !r.bus.Conn().Connected() {
+	if !r.bus.Connected() {
 		return errors.New("not connected to NATS")
 	}
-	for _, b := range []*bucket{r.nodes, r.presence} {
+	for _, b := range []kv{r.nodes, r.presence} {
 		ctx, cancel := context.WithTimeout(ctx, kvTimeout) // some requests are never answered when several nodes create at once
-		err := b.create(ctx, r.replicas())
+		err := b.create(ctx)
 		cancel()
 		if err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-func (r *Registry) replicas() int {
-	switch {
-	case r.cfg.KVReplicas > 0:
-		return r.cfg.KVReplicas
-	case r.bus.Conn().Servers() >= 3:
-		return 3
-	}
-	return 1
 }
 
 // PhonesFor returns the phones of serverID that are attached through this node.

@@ -33,7 +33,7 @@ func (r *Registry) watchLoop(ctx context.Context) {
 // deadAfter without a break, or its lease is gone.
 func (r *Registry) watch(ctx context.Context, n bus.NodeID) {
 	err := r.bus.Hello(ctx, n)
-	if err == nil || !r.bus.Conn().Connected() { // this node learns nothing about others while it is cut off itself
+	if err == nil || !r.bus.Connected() { // this node learns nothing about others while it is cut off itself
 		r.mu.Lock()
 		_, suspected := r.suspects[n]
 		delete(r.suspects, n)
