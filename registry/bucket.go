@@ -22,6 +22,9 @@ const errCodeNotClustered jetstream.ErrorCode = 10074
 // operationHeader marks a key that ended.
 const operationHeader = "KV-Operation"
 
+// upToHeader tells which revision a replica had when it answered.
+const upToHeader = "Nats-UpTo-Sequence"
+
 // kv is one KV bucket, as the registry uses it. A read is a hint; only a write that
 // was acknowledged, or errLost, proves anything. Keys are tokens. All methods may be
 // called concurrently, and end when ctx does.
@@ -43,9 +46,12 @@ type kv interface {
 	// getLeader reads from the leader: it may be old while that is cut off. The error
 	// is errUnknown.
 	getLeader(ctx context.Context, key string) (record, error)
-	// getMany reads at most maxGetMany keys like get. Keys without a record are not in
-	// the result.
-	getMany(ctx context.Context, keys []string) (map[string]record, error)
+	// last is the revision of the latest write to any key. It may be old as getLeader.
+	last(ctx context.Context) (uint64, error)
+	// getMany reads at most maxGetMany keys from a replica that has every write up to
+	// revision since: it waits for one. Keys without a record are not in the result,
+	// and neither may others be.
+	getMany(ctx context.Context, keys []string, since uint64) (map[string]record, error)
 	// keys lists the keys that have a record, of those that ended included, like get.
 	keys(ctx context.Context) ([]string, error)
 	// each calls f for every key that is there, from the leader's point of view when
@@ -160,7 +166,17 @@ func (b *bucket) direct(answer *nats.Msg) (key string, rec record, err error) {
 	return key, record{value: answer.Data, revision: revision, exists: !ended}, nil
 }
 
-func (b *bucket) getMany(ctx context.Context, keys []string) (map[string]record, error) {
+func (b *bucket) last(ctx context.Context) (uint64, error) {
+	ctx, cancel := context.WithTimeout(ctx, kvTimeout)
+	defer cancel()
+	stream, err := b.conn.JetStream().Stream(ctx, b.stream())
+	if err != nil {
+		return 0, fmt.Errorf("%w: read from %s: %w", errUnknown, b.cfg.Bucket, err)
+	}
+	return stream.CachedInfo().State.LastSeq, nil
+}
+
+func (b *bucket) getMany(ctx context.Context, keys []string, since uint64) (map[string]record, error) {
 	ctx, cancel := context.WithTimeout(ctx, kvTimeout)
 	defer cancel()
 	subjects := make([]string, len(keys))
@@ -171,11 +187,31 @@ func (b *bucket) getMany(ctx context.Context, keys []string) (map[string]record,
 	if err != nil {
 		return nil, err
 	}
-	found := make(map[string]record, len(keys))
+	for {
+		found, upTo, err := b.askMany(ctx, ask)
+		if err == nil && upTo < since && len(found) > 0 {
+			err = errors.New("no replica is up to date")
+			if pause(ctx, retryWait) {
+				continue
+			}
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%w: read from %s: %w", errUnknown, b.cfg.Bucket, err)
+		}
+		return found, nil
+	}
+}
+
+// askMany asks one replica; upTo is the latest revision that it has.
+func (b *bucket) askMany(ctx context.Context, ask []byte) (found map[string]record, upTo uint64, err error) {
+	found = make(map[string]record)
 	var failure error
 	err = b.conn.RequestMany(ctx, "$JS.API.DIRECT.GET."+b.stream(), ask, func(answer *nats.Msg) bool {
 		switch answer.Header.Get("Status") {
-		case "204", "404": // that was all; there is nothing
+		case "204": // that was all
+			upTo, failure = strconv.ParseUint(answer.Header.Get(upToHeader), 10, 64)
+			return false
+		case "404": // there is nothing
 			return false
 		}
 		key, rec, err := b.direct(answer)
@@ -186,10 +222,7 @@ func (b *bucket) getMany(ctx context.Context, keys []string) (map[string]record,
 		found[key] = rec
 		return true
 	})
-	if err = errors.Join(err, failure); err != nil {
-		return nil, fmt.Errorf("%w: read from %s: %w", errUnknown, b.cfg.Bucket, err)
-	}
-	return found, nil
+	return found, upTo, errors.Join(err, failure)
 }
 
 func (b *bucket) each(ctx context.Context, f func(key string, rec record)) error {

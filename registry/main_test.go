@@ -41,23 +41,35 @@ func TestMain(m *testing.M) {
 		panic(err)
 	}
 	os.Exit(testenv.VerifyNoLeaks(func() int {
-		s, err := testenv.StartServer(testenv.ServerOptions{Memory: true})
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer s.Close()
-		alone.urls = []string{s.URL()}
-		c, err := testenv.StartCluster(testenv.ClusterOptions{Memory: true})
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer c.Close()
-		cluster.urls = c.URLs()
-		return m.Run()
+		return detector.Verify(func() int {
+			s, err := testenv.StartServer(testenv.ServerOptions{Memory: true, Detector: detector})
+			if err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				return 1
+			}
+			defer s.Close()
+			alone.urls = []string{s.URL()}
+			c, err := testenv.StartCluster(testenv.ClusterOptions{Memory: true, Detector: detector})
+			if err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				return 1
+			}
+			defer c.Close()
+			cluster.urls = c.URLs()
+			return m.Run()
+		})
 	}))
 }
+
+// markFrame is in every frame that the tests send.
+const markFrame = "fr4me-of-a-test"
+
+// detector looks through what the tests' nodes log, and what they tell NATS by
+// anything but the data of messages: entries too.   (protocol.md: Log events, last line)
+var (
+	detector = testenv.NewDetector(markFrame)
+	logger   = slog.New(slog.NewTextHandler(detector.Writer("the log"), &slog.HandlerOptions{Level: slog.LevelDebug}))
+)
 
 // onBoth runs a scenario on one server and on a cluster.
 func onBoth(t *testing.T, f func(t *testing.T, s *scene)) {
@@ -144,13 +156,12 @@ func (s *scene) startNode() *node {
 	}
 	id := bus.NewNodeID(fmt.Sprintf("n%d", s.nodes))
 	s.nodes++
-	conn, err := bus.Dial(bus.ConnConfig{URL: "nats://" + proxy.Addr()}, id, slog.New(slog.DiscardHandler))
+	conn, err := bus.Dial(bus.ConnConfig{URL: "nats://" + proxy.Addr()}, id, logger)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	log := slog.New(slog.DiscardHandler)
 	n := &node{t: s.t, id: id, conn: conn, proxy: proxy}
-	n.Registry = New(bus.New(conn, id, bus.Config{}, log), s.cfg, log)
+	n.Registry = New(bus.New(conn, id, bus.Config{}, logger), s.cfg, logger)
 	if err := n.Start(); err != nil {
 		s.t.Fatal(err)
 	}
@@ -271,7 +282,7 @@ func newInbox() *inbox { return &inbox{ends: make(chan error, 64)} }
 
 func (i *inbox) Deliver(l *bus.Link, p []byte) {
 	i.mu.Lock()
-	i.frames = append(i.frames, string(p))
+	i.frames = append(i.frames, unmarked(p))
 	i.mu.Unlock()
 	l.Consumed(len(p))
 }
@@ -364,10 +375,13 @@ func (n *node) mustDial(serverID string) *testPhone {
 
 func (p *testPhone) send(t *testing.T, frame string) {
 	t.Helper()
-	if err := p.link.Send(append(make([]byte, bus.Headroom), frame...)); err != nil {
+	if err := p.link.Send(append(make([]byte, bus.Headroom), markFrame+frame...)); err != nil {
 		t.Fatalf("send %q: %v", frame, err)
 	}
 }
+
+// unmarked is what send was given.
+func unmarked(frame []byte) string { return strings.TrimPrefix(string(frame), markFrame) }
 
 func (p *testPhone) hangUp() { p.at.UnregisterPhone(p.serverID, p.id) }
 

@@ -124,7 +124,7 @@ type sendConn struct {
 	sent chan string
 }
 
-func (c *sendConn) Send(p []byte) error { c.sent <- string(p); return nil }
+func (c *sendConn) Send(p []byte) error { c.sent <- unmarked(p); return nil }
 
 func TestStop_TellsPhonesAndEndsEverything(t *testing.T) {
 	onBoth(t, func(t *testing.T, s *scene) {

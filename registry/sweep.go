@@ -55,8 +55,12 @@ func (r *Registry) sweep(ctx context.Context) bool {
 	answering, giveUp := context.WithCancel(ctx)
 	defer giveUp()
 	var unknown atomic.Int32
+	since, err := r.presence.last(ctx)
 	for chunk := range slices.Chunk(holdings, maxGetMany) {
-		eachOf(r.differing(answering, chunk), sweepWorkers, func(h *holding) {
+		if err == nil {
+			chunk = r.differing(answering, chunk, since)
+		}
+		eachOf(chunk, sweepWorkers, func(h *holding) {
 			if !r.check(answering, h) && unknown.Add(1) == sweepWorkers {
 				giveUp()
 			}
@@ -70,13 +74,13 @@ func (r *Registry) sweep(ctx context.Context) bool {
 	return unknown.Load() == 0
 }
 
-// differing picks the holdings that the KV may not agree with.
-func (r *Registry) differing(ctx context.Context, holdings []*holding) (differ []*holding) {
+// differing picks the holdings that the KV may not agree with, as of revision since.
+func (r *Registry) differing(ctx context.Context, holdings []*holding, since uint64) (differ []*holding) {
 	keys := make([]string, len(holdings))
 	for i, h := range holdings {
 		keys[i] = h.key()
 	}
-	found, err := r.presence.getMany(ctx, keys)
+	found, err := r.presence.getMany(ctx, keys, since)
 	if err != nil {
 		return holdings
 	}

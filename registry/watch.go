@@ -6,6 +6,7 @@ import (
 	"errors"
 	"maps"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/pyrycode/pyrycode-relay/bus"
@@ -87,7 +88,7 @@ func (r *Registry) lookAtNodes(ctx context.Context) {
 	}
 	r.known = alive
 	if r.reapDue && first == me && r.unbrokenFor() >= r.cfg.LeaseTTL {
-		r.reapDue = r.reap(ctx, alive) != nil
+		r.reapDue = !r.reap(ctx, alive)
 	}
 }
 
@@ -97,7 +98,7 @@ func (r *Registry) leases(ctx context.Context) (map[bus.NodeID]nodeEntry, error)
 	if err != nil {
 		return nil, err
 	}
-	found, err := r.nodes.getMany(ctx, keys)
+	found, err := r.nodes.getMany(ctx, keys, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -112,8 +113,9 @@ func (r *Registry) leases(ctx context.Context) (map[bus.NodeID]nodeEntry, error)
 }
 
 // reap turns the entries that dead nodes hold into grace, so that they end. Of
-// several nodes that try, the KV lets one succeed.
-func (r *Registry) reap(ctx context.Context, alive map[bus.NodeID]nodeEntry) error {
+// several nodes that try, the KV lets one succeed. It returns false if some may be
+// left: of nodes that could not be proven dead, or because a write failed.
+func (r *Registry) reap(ctx context.Context, alive map[bus.NodeID]nodeEntry) (done bool) {
 	dead := make(map[bus.NodeID]bool)
 	type left struct {
 		key string
@@ -133,19 +135,23 @@ func (r *Registry) reap(ctx context.Context, alive map[bus.NodeID]nodeEntry) err
 		dead[e.Node] = false
 	})
 	if err != nil {
-		return err
+		return false
 	}
 	for n := range dead {
 		dead[n] = r.leaseGone(ctx, n) && r.bus.Hello(ctx, n) != nil // a lease may be deleted by hand
 	}
+	var failed atomic.Bool
 	eachOf(entries, sweepWorkers, func(l left) {
 		if !dead[l.Node] {
+			failed.Store(true)
 			return
 		}
 		l.State = stateGrace
-		if _, err := r.presence.put(ctx, l.key, l.encode(), l.rev, r.cfg.Grace); err == nil {
-			r.log.Info("server_orphaned", "node", string(l.Node))
+		if _, err := r.presence.put(ctx, l.key, l.encode(), l.rev, r.cfg.Grace); err != nil {
+			failed.Store(true)
+			return
 		}
+		r.log.Info("server_orphaned", "node", string(l.Node))
 	})
-	return nil
+	return !failed.Load()
 }
