@@ -300,7 +300,11 @@ func (b *Bus) Hello(ctx context.Context, node NodeID) error {
 // this call. It blocks for the probe there. Errors as Hello.
 func (b *Bus) Challenge(ctx context.Context, node NodeID, serverID string, session SessionID) (alive bool, err error) {
 	if node == b.node {
-		return b.handler.Alive(ctx, serverID, session), nil
+		alive = b.handler.Alive(ctx, serverID, session)
+		if !alive {
+			err = ctx.Err() // a probe that was cut short proves nothing
+		}
+		return alive, err
 	}
 	m, err := b.request(ctx, tokenSubject(node, topicClaim, EncodeToken(serverID)), Message{Kind: KindChallenge, Session: session})
 	return m.Kind == KindAlive, err

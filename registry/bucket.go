@@ -62,7 +62,9 @@ type kv interface {
 // bucket is a kv on JetStream.
 type bucket struct {
 	conn     *bus.Conn
-	cfg      jetstream.KeyValueConfig
+	name     string
+	ttl      time.Duration // of every key; 0: none
+	storage  jetstream.StorageType
 	replicas int // when this node creates it; 0: what suits the cluster
 }
 
@@ -78,23 +80,42 @@ type record struct {
 // made.
 func (b *bucket) create(ctx context.Context) error {
 	js := b.conn.JetStream()
-	if _, err := js.KeyValue(ctx, b.cfg.Bucket); err == nil {
+	if _, err := js.KeyValue(ctx, b.name); err == nil {
 		return nil
 	}
-	cfg := b.cfg
-	if cfg.Replicas = b.replicas; cfg.Replicas == 0 {
-		cfg.Replicas = replicasFor(b.conn.Servers())
-	}
-	_, err := js.CreateKeyValue(ctx, cfg)
+	cfg := b.config(time.Now())
+	_, err := js.CreateStream(ctx, cfg)
 	var api *jetstream.APIError
 	if errors.As(err, &api) && api.ErrorCode == errCodeNotClustered {
 		cfg.Replicas = 1 // a server that only looked like a cluster, by the addresses it has
-		_, err = js.CreateKeyValue(ctx, cfg)
+		_, err = js.CreateStream(ctx, cfg)
 	}
-	if err == nil || errors.Is(err, jetstream.ErrBucketExists) {
+	if err == nil || errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
 		return nil
 	}
-	return fmt.Errorf("create bucket %s: %w", b.cfg.Bucket, err)
+	return fmt.Errorf("create bucket %s: %w", b.name, err)
+}
+
+// config is what jetstream.CreateKeyValue makes, except for FirstSeq, which it has no
+// word for: revisions go on from the time in microseconds. If they began at 1 again
+// in a bucket that was lost and made anew, a node's revision from before could be
+// that of somebody else's entry, and a compare-and-swap would go over it.
+func (b *bucket) config(now time.Time) jetstream.StreamConfig {
+	replicas := b.replicas
+	if replicas == 0 {
+		replicas = replicasFor(b.conn.Servers())
+	}
+	duplicates := 2 * time.Minute
+	if b.ttl > 0 {
+		duplicates = min(duplicates, b.ttl)
+	}
+	return jetstream.StreamConfig{
+		Name: b.stream(), Subjects: []string{b.subject(">")}, FirstSeq: uint64(now.UnixMicro()), //nolint:gosec // after 1970
+		MaxMsgsPerSubject: 1, MaxBytes: -1, MaxMsgSize: -1, MaxMsgs: -1, MaxConsumers: -1,
+		MaxAge: b.ttl, Duplicates: duplicates, AllowMsgTTL: true, SubjectDeleteMarkerTTL: markerTTL,
+		Storage: b.storage, Replicas: replicas, Discard: jetstream.DiscardNew,
+		AllowRollup: true, DenyDelete: true, AllowDirect: true,
+	}
 }
 
 // replicasFor is how many replicas a bucket has in a cluster of so many servers.
@@ -105,7 +126,7 @@ func replicasFor(servers int) int {
 	return 1
 }
 
-func (b *bucket) subject(key string) string { return "$KV." + b.cfg.Bucket + "." + key }
+func (b *bucket) subject(key string) string { return "$KV." + b.name + "." + key }
 
 func (b *bucket) put(ctx context.Context, key string, value []byte, rev uint64, ttl time.Duration) (uint64, error) {
 	msg := nats.NewMsg(b.subject(key))
@@ -135,7 +156,7 @@ func (b *bucket) publish(ctx context.Context, msg *nats.Msg, rev uint64, ttl tim
 	if errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence {
 		return 0, errLost
 	}
-	return 0, fmt.Errorf("%w: write to %s: %w", errUnknown, b.cfg.Bucket, err)
+	return 0, fmt.Errorf("%w: write to %s: %w", errUnknown, b.name, err)
 }
 
 func (b *bucket) get(ctx context.Context, key string) (record, error) {
@@ -143,7 +164,7 @@ func (b *bucket) get(ctx context.Context, key string) (record, error) {
 	defer cancel()
 	answer, err := b.conn.Request(ctx, "$JS.API.DIRECT.GET."+b.stream()+"."+b.subject(key), nil)
 	if err != nil {
-		return record{}, fmt.Errorf("%w: read from %s: %w", errUnknown, b.cfg.Bucket, err)
+		return record{}, fmt.Errorf("%w: read from %s: %w", errUnknown, b.name, err)
 	}
 	_, rec, err := b.direct(answer)
 	return rec, err
@@ -155,11 +176,11 @@ func (b *bucket) direct(answer *nats.Msg) (key string, rec record, err error) {
 		if status == "404" {
 			return "", record{}, nil
 		}
-		return "", record{}, fmt.Errorf("%w: read from %s: status %s", errUnknown, b.cfg.Bucket, status)
+		return "", record{}, fmt.Errorf("%w: read from %s: status %s", errUnknown, b.name, status)
 	}
 	revision, err := strconv.ParseUint(answer.Header.Get(jetstream.SequenceHeader), 10, 64)
 	if err != nil {
-		return "", record{}, fmt.Errorf("%w: read from %s: no revision", errUnknown, b.cfg.Bucket)
+		return "", record{}, fmt.Errorf("%w: read from %s: no revision", errUnknown, b.name)
 	}
 	key = strings.TrimPrefix(answer.Header.Get(jetstream.SubjectHeader), b.subject(""))
 	ended := answer.Header.Get(operationHeader) != "" || answer.Header.Get(jetstream.MarkerReasonHeader) != ""
@@ -171,7 +192,7 @@ func (b *bucket) last(ctx context.Context) (uint64, error) {
 	defer cancel()
 	stream, err := b.conn.JetStream().Stream(ctx, b.stream())
 	if err != nil {
-		return 0, fmt.Errorf("%w: read from %s: %w", errUnknown, b.cfg.Bucket, err)
+		return 0, fmt.Errorf("%w: read from %s: %w", errUnknown, b.name, err)
 	}
 	return stream.CachedInfo().State.LastSeq, nil
 }
@@ -196,7 +217,7 @@ func (b *bucket) getMany(ctx context.Context, keys []string, since uint64) (map[
 			}
 		}
 		if err != nil {
-			return nil, fmt.Errorf("%w: read from %s: %w", errUnknown, b.cfg.Bucket, err)
+			return nil, fmt.Errorf("%w: read from %s: %w", errUnknown, b.name, err)
 		}
 		return found, nil
 	}
@@ -226,7 +247,7 @@ func (b *bucket) askMany(ctx context.Context, ask []byte) (found map[string]reco
 }
 
 func (b *bucket) each(ctx context.Context, f func(key string, rec record)) error {
-	kv, err := b.conn.JetStream().KeyValue(ctx, b.cfg.Bucket)
+	kv, err := b.conn.JetStream().KeyValue(ctx, b.name)
 	if err != nil {
 		return err
 	}
@@ -257,7 +278,7 @@ func (b *bucket) getLeader(ctx context.Context, key string) (record, error) {
 	}
 	answer, err := b.conn.Request(ctx, "$JS.API.STREAM.MSG.GET."+b.stream(), ask)
 	if err != nil {
-		return record{}, fmt.Errorf("%w: read from %s: %w", errUnknown, b.cfg.Bucket, err)
+		return record{}, fmt.Errorf("%w: read from %s: %w", errUnknown, b.name, err)
 	}
 	return parseStored(answer.Data)
 }
@@ -278,7 +299,7 @@ func (b *bucket) keys(ctx context.Context) ([]string, error) {
 	return keys, nil
 }
 
-func (b *bucket) stream() string { return "KV_" + b.cfg.Bucket }
+func (b *bucket) stream() string { return "KV_" + b.name }
 
 // stored is JetStream's answer to STREAM.MSG.GET.
 type stored struct {

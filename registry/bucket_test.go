@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -113,6 +114,68 @@ func TestBucket_KeyEndsAfterItsTTL(t *testing.T) {
 	})
 }
 
+// A bucket is what the KV API would make, but for the revision that it begins with.
+func TestBucket_IsAKeyValueBucket(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		for _, b := range []*bucket{n.nodes.(*bucket), n.presence.(*bucket)} {
+			ours, err := s.js.Stream(t.Context(), b.stream())
+			if err != nil {
+				t.Fatal(err)
+			}
+			like := jetstream.KeyValueConfig{
+				Bucket: b.name + "_like", History: 1, TTL: b.ttl, LimitMarkerTTL: markerTTL,
+				Storage: b.storage, Replicas: len(s.w.urls),
+			}
+			if _, err := s.js.CreateKeyValue(t.Context(), like); err != nil {
+				t.Fatal(err)
+			}
+			theirs, err := s.js.Stream(t.Context(), "KV_"+like.Bucket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, want := ours.CachedInfo().Config, theirs.CachedInfo().Config
+			if got.FirstSeq == 0 {
+				t.Error("revisions begin at 1")
+			}
+			got.FirstSeq, want.Name, want.Subjects = 0, got.Name, got.Subjects
+			if !reflect.DeepEqual(got, want) {
+				t.Errorf("got  %+v\nwant %+v", got, want)
+			}
+			if err := s.js.DeleteKeyValue(t.Context(), like.Bucket); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
+
+// What a node wrote into a bucket that is gone proves nothing in the one that is
+// there now: it could be somebody else's entry.
+func TestBucket_LostAndMadeAnew_OldRevisionsLose(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		b, ctx := s.node().presence.(*bucket), t.Context()
+		before, err := b.put(ctx, "k", []byte("mine"), 0, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.js.DeleteKeyValue(ctx, b.name); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, 10*time.Second, "made anew", func() bool { return b.create(ctx) == nil })
+		var theirs uint64
+		eventually(t, 10*time.Second, "somebody else's entry", func() bool {
+			theirs, err = b.put(ctx, "k", []byte("theirs"), 0, 0)
+			return err == nil
+		})
+		if theirs <= before {
+			t.Errorf("revision %d after %d", theirs, before)
+		}
+		if _, err := b.put(ctx, "k", []byte("mine"), before, 0); !errors.Is(err, errLost) {
+			t.Errorf("write at revision %d, which is not there: got %v, want %v", before, err, errLost)
+		}
+	})
+}
+
 func TestBucket_GetMany(t *testing.T) {
 	onBoth(t, func(t *testing.T, s *scene) {
 		b, ctx := s.node().presence, t.Context()
@@ -158,7 +221,7 @@ func TestWriteErrors_AreLostOrUnknown(t *testing.T) {
 	t.Parallel()
 	s := newScene(t, alone)
 	n := s.node()
-	b := &bucket{conn: n.conn, cfg: jetstream.KeyValueConfig{Bucket: s.cfg.KVPrefix + "_fake"}}
+	b := &bucket{conn: n.conn, name: s.cfg.KVPrefix + "_fake"}
 	for key, c := range map[string]struct {
 		answer string
 		want   error

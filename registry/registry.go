@@ -72,9 +72,7 @@ func New(b *bus.Bus, cfg Config, log *slog.Logger) *Registry {
 		storage = jetstream.MemoryStorage
 	}
 	bucketOf := func(name string, ttl time.Duration) *bucket {
-		return &bucket{conn: b.Conn(), replicas: cfg.KVReplicas, cfg: jetstream.KeyValueConfig{
-			Bucket: cfg.KVPrefix + name, History: 1, TTL: ttl, LimitMarkerTTL: markerTTL, Storage: storage,
-		}}
+		return &bucket{conn: b.Conn(), name: cfg.KVPrefix + name, ttl: ttl, storage: storage, replicas: cfg.KVReplicas}
 	}
 	return newOver(b, cfg, log, bucketOf("_nodes", cfg.LeaseTTL), bucketOf("_presence", 0))
 }

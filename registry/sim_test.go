@@ -28,6 +28,8 @@ const simSettle = leaseRetry + kvTimeout + sweepEvery + time.Second
 //
 //   - a binary whose claim succeeded was named by the KV during the call
 //   - ErrServerIDConflict comes after a pong to a ping sent after the claim began
+//   - nobody takes the place of a living binary that answers pings, unless its node
+//     could not be heard, or has lost its lease
 //   - ErrNoServer is not said of a binary that the KV names and that the phone's
 //     node could reach
 //   - a phone is attached to the session that the KV names
@@ -73,7 +75,7 @@ var (
 	simIDs  = []string{"one", "two.*"}
 	simDeed = []string{
 		"claim", "claim", "claim", "dial", "dial", "dial", "release", "mute", "hang up",
-		"split", "held", "away", "election", "rough", "nats down", "wipe", "kill",
+		"split", "move", "held", "away", "election", "rough", "nats down", "wipe", "kill",
 	}
 )
 
@@ -141,6 +143,7 @@ type simBinary struct {
 	// Guarded by simWorld.mu.
 	w       *simWorld
 	mute    bool
+	muted   time.Time   // when that changed last
 	pongs   []time.Time // when the pings were sent
 	claimed time.Time   // zero: not yet
 	gone    time.Time   // released or evicted; zero: connected
@@ -337,7 +340,7 @@ func (w *simWorld) do(s step) {
 	case "mute":
 		if b := w.connected(serverID, s.A); b != nil {
 			w.mu.Lock()
-			b.mute = !b.mute
+			b.mute, b.muted = !b.mute, time.Now()
 			w.noteLocked("mute %s: %v", b.id, b.mute)
 			w.mu.Unlock()
 		}
@@ -347,6 +350,8 @@ func (w *simWorld) do(s step) {
 		}
 	case "split":
 		w.split(s, n)
+	case "move":
+		w.move(s, n)
 	case "held": // noticed after two pings, at most
 		w.fault(s, s.For, []*simNode{n}, false,
 			func() {
@@ -457,6 +462,30 @@ func (w *simWorld) split(s step, n *simNode) {
 			w.cluster.mu.Unlock()
 			w.net.mu.Lock()
 			w.net.split = false
+			w.net.mu.Unlock()
+			n.port.disturb()
+		})
+}
+
+// move has n change to a server of the smaller side, which knows less than n does,
+// until the split heals.
+func (w *simWorld) move(s step, n *simNode) {
+	w.net.mu.Lock()
+	split := w.net.split && !w.net.minority[n.port.id]
+	w.net.mu.Unlock()
+	if !split {
+		return
+	}
+	w.fault(s, s.For, []*simNode{n}, true,
+		func() {
+			w.net.mu.Lock()
+			w.net.minority[n.port.id] = true
+			w.net.mu.Unlock()
+			n.port.disturb()
+		},
+		func() {
+			w.net.mu.Lock()
+			delete(w.net.minority, n.port.id)
 			w.net.mu.Unlock()
 			n.port.disturb()
 		})
@@ -576,6 +605,7 @@ func (w *simWorld) claimOnce(b *simBinary, bound time.Duration, opts ...Option) 
 			return err
 		}
 		b.session = h.session
+		w.checkTakeoverLocked(b)
 		if !w.namedLocked(b.serverID, b.session, b.called, time.Now()) {
 			w.breakLocked("%s: claim succeeded, and the KV did not name it", b.id)
 		}
@@ -585,6 +615,46 @@ func (w *simWorld) claimOnce(b *simBinary, bound time.Duration, opts ...Option) 
 		}
 	}
 	return err
+}
+
+// checkTakeoverLocked looks at whom b has displaced.
+func (w *simWorld) checkTakeoverLocked(b *simBinary) {
+	var before simCommit
+	var at time.Time
+	for _, c := range w.commits[bus.EncodeToken(b.serverID)] {
+		if c.ok && c.e.Session == b.session {
+			at = c.at
+			break
+		}
+		before = c
+	}
+	if !before.ok || before.e.State != stateHeld {
+		return
+	}
+	for _, old := range w.binaries {
+		if old.session != before.e.Session || old.mute || old.muted.After(b.called) || old.at.dead || !old.gone.IsZero() && old.gone.Before(at) {
+			continue
+		}
+		silent := 0
+		for _, heard := range b.at.port.deaf[old.at.port.id] {
+			if !heard.Before(b.called) {
+				silent++
+			}
+		}
+		if silent < 2 && len(old.at.cutsSince(time.Now().Add(-Config{}.withDefaults().LeaseTTL))) == 0 {
+			w.breakLocked("%s took %s from %s, which is alive, on %s", b.id, b.serverID, old.id, old.at.port.id)
+		}
+	}
+}
+
+// cutsSince lists the faults that met n since t.
+func (n *simNode) cutsSince(t time.Time) (cuts []interval) {
+	for _, c := range n.cuts {
+		if c.to.IsZero() || c.to.After(t) {
+			cuts = append(cuts, c)
+		}
+	}
+	return cuts
 }
 
 func (w *simWorld) pongSinceLocked(b *simBinary) bool {

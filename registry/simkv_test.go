@@ -21,7 +21,7 @@ type simStore struct {
 	wrote   func(key string, rec record) // sees every commit, in order
 	mu      sync.Mutex                   // guards what follows
 	exists  bool
-	wiped   time.Time // latest time
+	wiped   time.Time               // latest time
 	last    uint64                  // revision
 	log     map[string][]simVersion // by key, oldest first
 	lasts   []simVersion            // the latest revision after each change
@@ -248,8 +248,10 @@ func (b simBucket) create(ctx context.Context) error {
 		return hang(ctx)
 	}
 	b.mu.Lock()
-	b.exists = true
-	b.mu.Unlock()
+	defer b.mu.Unlock()
+	if !b.exists {
+		b.exists, b.simStore.last = true, uint64(time.Now().UnixMicro()) //nolint:gosec // after 1970
+	}
 	return nil
 }
 

@@ -48,6 +48,7 @@ type simPort struct {
 	answers   map[string]chan *nats.Msg
 	disturbed []func()
 	requests  int
+	deaf      map[bus.NodeID][]time.Time // when NATS said that nobody listens there
 }
 
 type simMsg struct {
@@ -61,7 +62,7 @@ func newSimNet(seed uint64) *simNet {
 }
 
 func (n *simNet) port(id bus.NodeID) *simPort {
-	p := &simPort{net: n, id: id, answers: make(map[string]chan *nats.Msg)}
+	p := &simPort{net: n, id: id, answers: make(map[string]chan *nats.Msg), deaf: make(map[bus.NodeID][]time.Time)}
 	n.mu.Lock()
 	n.ports[id] = p
 	n.mu.Unlock()
@@ -185,6 +186,12 @@ func (n *simNet) reader(subject string) *simPort {
 	return nil
 }
 
+// nodeOf is the node that reads subject: the word before the last one.
+func nodeOf(subject string) bus.NodeID {
+	words := strings.Split(subject, ".")
+	return bus.NodeID(words[len(words)-2])
+}
+
 func (p *simPort) Request(ctx context.Context, subject string, data []byte) (*nats.Msg, error) {
 	p.net.mu.Lock()
 	p.requests++
@@ -194,6 +201,9 @@ func (p *simPort) Request(ctx context.Context, subject string, data []byte) (*na
 	known := to != nil && (to.state == portLinked || to.state == portHeld) &&
 		!(p.net.split && p.net.closed && p.net.minority[p.id] != p.net.minority[to.id])
 	deaf := p.state == portLinked && !known
+	if deaf && strings.HasSuffix(subject, ".node") {
+		p.deaf[nodeOf(subject)] = append(p.deaf[nodeOf(subject)], time.Now())
+	}
 	p.net.mu.Unlock()
 	time.Sleep(simDelay) //nolint:forbidigo // virtual time
 	if deaf {
