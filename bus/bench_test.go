@@ -64,12 +64,12 @@ func forSizes(b *testing.B, bench func(b *testing.B, size int)) {
 }
 
 func benchBus(b *testing.B, url string) (*Bus, *holder) {
-	conn, err := Dial(ConnConfig{URL: url}, NewNodeID("gw"), quiet)
+	conn, err := Dial(ConnConfig{URL: url}, NewNodeID("gw"), logger)
 	if err != nil {
 		b.Fatal(err)
 	}
 	b.Cleanup(conn.Close)
-	bus, h := New(conn, NewNodeID("gw"), Config{}, quiet), newHolder()
+	bus, h := New(conn, NewNodeID("gw"), Config{}, logger), newHolder()
 	if err := bus.Start(h); err != nil {
 		b.Fatal(err)
 	}

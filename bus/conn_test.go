@@ -2,7 +2,6 @@ package bus
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -22,7 +21,7 @@ import (
 
 func dial(t *testing.T, cfg ConnConfig) *Conn {
 	t.Helper()
-	c, err := Dial(cfg, NewNodeID("gw"), quiet)
+	c, err := Dial(cfg, NewNodeID("gw"), logger)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -177,7 +176,7 @@ func TestDial_SettingThatCannotWork_IsNamed(t *testing.T) {
 		"no such certificate":   {ConnConfig{URL: "nats://127.0.0.1:1", Cert: "/nonexistent/cert", Key: "/nonexistent/key"}, "/nonexistent/cert"},
 		"malformed URL":         {ConnConfig{URL: "nats://user:secret/x@host:4222"}, "URL"},
 	} {
-		conn, err := Dial(c.cfg, "n", quiet)
+		conn, err := Dial(c.cfg, "n", logger)
 		if err == nil {
 			conn.Close()
 			t.Errorf("%s: no error", name)
@@ -282,10 +281,7 @@ func (r *rig) startTraffic() *traffic {
 	for i, l := range tr.links {
 		tr.wg.Go(func() {
 			for ; !tr.stop.Load(); tr.sent[i]++ {
-				buf := make([]byte, Headroom+1000)
-				binary.BigEndian.PutUint64(buf[Headroom:], tr.sent[i])
-				buf[len(buf)-1] = byte(tr.sent[i]) //nolint:gosec // the low byte
-				if err := l.Send(buf); err != nil {
+				if err := l.Send(numberedFrame(tr.sent[i], 1000)); err != nil {
 					return
 				}
 			}

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"log/slog"
 	"slices"
 	"sync"
 	"testing"
@@ -18,8 +17,6 @@ import (
 )
 
 const patience = 20 * time.Second // of a test for what must happen; a loaded machine needs seconds
-
-var quiet = slog.New(slog.DiscardHandler)
 
 // receiver is a socket: it keeps what it is given, and checks that it is called
 // as Receiver promises.
@@ -99,7 +96,7 @@ func (r *receiver) texts() (texts []string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, p := range r.frames {
-		texts = append(texts, string(p))
+		texts = append(texts, unmarked(p))
 	}
 	return texts
 }
@@ -251,25 +248,15 @@ func newNATSRig(t *testing.T) *rig {
 	return r
 }
 
-func startNATS(t *testing.T, opts testenv.ServerOptions) *testenv.Server {
-	t.Helper()
-	s, err := testenv.StartServer(opts)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(s.Close)
-	return s
-}
-
 func startBus(t *testing.T, url string, cfg Config) (*Bus, *holder) {
 	t.Helper()
 	node := NewNodeID("gw")
-	conn, err := Dial(ConnConfig{URL: url}, node, quiet)
+	conn, err := Dial(ConnConfig{URL: url}, node, logger)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(conn.Close)
-	b, h := New(conn, node, cfg, quiet), newHolder()
+	b, h := New(conn, node, cfg, logger), newHolder()
 	if err := b.Start(h); err != nil {
 		t.Fatal(err)
 	}
@@ -331,7 +318,7 @@ func (b *Bus) size() string {
 func sendAll(t *testing.T, l *Link, texts ...string) {
 	t.Helper()
 	for _, s := range texts {
-		if err := l.Send(frameBuf(s)); err != nil {
+		if err := l.Send(textFrame(s)); err != nil {
 			t.Fatalf("Send(%q): %v", s, err)
 		}
 	}
@@ -349,10 +336,7 @@ func TestLink_NumberedFramesBothWaysAtSpeed(t *testing.T) {
 					if i%500 == 250 {
 						size = 256 << 10
 					}
-					buf := make([]byte, Headroom+int(size)) //nolint:gosec // small
-					binary.BigEndian.PutUint64(buf[Headroom:], i)
-					buf[len(buf)-1] ^= byte(i) //nolint:gosec // the low byte
-					if err := l.Send(buf); err != nil {
+					if err := l.Send(numberedFrame(i, int(size))); err != nil {
 						t.Errorf("Send: %v", err)
 						return
 					}
@@ -395,7 +379,7 @@ func TestLink_ReceiverThatDoesNotConsume_BlocksSend(t *testing.T) {
 		returned := 0
 		sent.Go(func() {
 			for range 2 * perWindow {
-				if err := p.Send(make([]byte, Headroom+size)); err != nil {
+				if err := p.Send(sizedFrame(size)); err != nil {
 					t.Errorf("Send: %v", err)
 				}
 				mu.Lock()
@@ -429,7 +413,7 @@ func TestLink_CloseUnblocksSend(t *testing.T) {
 		blocked := make(chan error)
 		go func() {
 			for {
-				if err := p.Send(make([]byte, Headroom+8000)); err != nil {
+				if err := p.Send(sizedFrame(8000)); err != nil {
 					blocked <- err
 					return
 				}
@@ -457,7 +441,7 @@ func TestLink_BacklogOfAPhone_EndsItsLink(t *testing.T) {
 		took := 0
 		var err error
 		for err == nil {
-			if err = b.Offer(make([]byte, Headroom+cost-frameOverhead)); err == nil {
+			if err = b.Offer(sizedFrame(cost - frameOverhead)); err == nil {
 				took++
 			}
 		}
@@ -470,7 +454,7 @@ func TestLink_BacklogOfAPhone_EndsItsLink(t *testing.T) {
 		if n := slow.count() * cost; n > testConfig.Window+cost {
 			t.Errorf("%d bytes reached a phone that reads nothing, the window is %d", n, testConfig.Window)
 		}
-		if err := b.Offer(frameBuf("x")); !errors.Is(err, ErrClosed) {
+		if err := b.Offer(textFrame("x")); !errors.Is(err, ErrClosed) {
 			t.Errorf("Offer after the end: %v, want ErrClosed", err)
 		}
 		r.empty()
@@ -513,7 +497,7 @@ func TestLink_AbortGivesUpWhatWasNotSent(t *testing.T) {
 		slow := r.slowReceiver()
 		_, b := r.connect(slow, r.newReceiver())
 		for range 10 {
-			if err := b.Offer(make([]byte, Headroom+testConfig.Window/4)); err != nil && !errors.Is(err, ErrBacklog) {
+			if err := b.Offer(sizedFrame(testConfig.Window / 4)); err != nil && !errors.Is(err, ErrBacklog) {
 				t.Fatal(err)
 			}
 		}
@@ -556,7 +540,7 @@ func TestLink_FailWhileTheReceiverIsInDeliver_EndsAfterIt(t *testing.T) {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			_ = p.Send(frameBuf("x"))
+			_ = p.Send(textFrame("x"))
 		}()
 		(<-in).Fail(ErrNoSession) // the receiver complains if End comes now
 		close(failed)
@@ -816,7 +800,7 @@ func TestLink_FirstFrameInGrace_WaitsEightSeconds(t *testing.T) {
 
 // newLocalBus is a bus without NATS, for links within it, in a bubble.
 func newLocalBus(t *testing.T, h *holder) *Bus {
-	b := New(&Conn{}, NewNodeID("gw"), testConfig, quiet)
+	b := New(&Conn{}, NewNodeID("gw"), testConfig, logger)
 	b.handler = h
 	b.pump.Go(b.pumpLoop)
 	t.Cleanup(b.Close)
@@ -872,7 +856,7 @@ func TestEndNode_EndsItsLinks(t *testing.T) {
 			t.Errorf("ended with %v, want ErrNodeGone", err)
 		}
 	}
-	if err := b.Offer(frameBuf("x")); !errors.Is(err, ErrClosed) {
+	if err := b.Offer(textFrame("x")); !errors.Is(err, ErrClosed) {
 		t.Errorf("Offer: %v, want ErrClosed", err)
 	}
 	r.empty()
@@ -885,7 +869,7 @@ func TestBusClose_EndsWhatIsLeft(t *testing.T) {
 		blocked := make(chan error)
 		go func() {
 			for {
-				if err := p.Send(make([]byte, Headroom+8000)); err != nil {
+				if err := p.Send(sizedFrame(8000)); err != nil {
 					blocked <- err
 					return
 				}
@@ -929,9 +913,9 @@ func TestLinks_OpenedAndClosedInEveryWay_LeaveNothing(t *testing.T) {
 			{"closes", func(p *Link) { p.Close(CodeError(1000)) }},
 			{"aborts", func(p *Link) { p.Abort(ErrBacklog) }},
 			{"fails", func(p *Link) { p.Fail(ErrLinkLost) }},
-			{"sends and closes", func(p *Link) { _ = p.Send(frameBuf("x")); p.Close(CodeError(1000)) }},
-			{"sends and fails", func(p *Link) { _ = p.Send(frameBuf("x")); p.Fail(ErrLinkLost) }},
-			{"closed at once", func(p *Link) { _ = p.Send(frameBuf("x")) }},
+			{"sends and closes", func(p *Link) { _ = p.Send(textFrame("x")); p.Close(CodeError(1000)) }},
+			{"sends and fails", func(p *Link) { _ = p.Send(textFrame("x")); p.Fail(ErrLinkLost) }},
+			{"closed at once", func(p *Link) { _ = p.Send(textFrame("x")) }},
 			{"grace", func(p *Link) { p.Close(CodeError(1000)) }},
 			{"closes while opening", nil},
 			{"fails while opening", nil},
@@ -977,9 +961,7 @@ func TestLink_CalledFromEverywhereAtOnce(t *testing.T) {
 						if i == 50 {
 							under <- struct{}{}
 						}
-						buf := make([]byte, Headroom+8)
-						binary.BigEndian.PutUint64(buf[Headroom:], i)
-						if l.Send(buf) != nil {
+						if l.Send(numberedFrame(i, 100)) != nil {
 							return
 						}
 					}

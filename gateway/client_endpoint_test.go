@@ -3,6 +3,7 @@ package gateway
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -188,7 +189,7 @@ func TestClient_HandlerAndTextLog(t *testing.T) {
 	t.Parallel()
 	eachPlacement(t, func(t *testing.T, phones, binaries *node) {
 		var text lockedBuffer
-		srv := httptest.NewServer(ClientHandler(phones.reg, slog.New(slog.NewTextHandler(&text, nil)), WithConfig(Config{UpgradeBurst: -1})))
+		srv := httptest.NewServer(ClientHandler(phones.reg, slog.New(slog.NewTextHandler(io.MultiWriter(&text, logged), nil)), WithConfig(Config{UpgradeBurst: -1})))
 		defer srv.Close()
 		id := newServerID()
 		binaries.binary(id)
@@ -204,7 +205,6 @@ func TestClient_HandlerAndTextLog(t *testing.T) {
 		await(t, "the end", func() bool {
 			return strings.Contains(text.String(), "event=phone_unregistered server_id="+id+" conn_id=client-")
 		})
-		note([]byte(text.String()))
 	})
 }
 
@@ -279,7 +279,7 @@ func TestClient_HostileServerID_IsOneLogLine(t *testing.T) {
 	t.Parallel()
 	n := newCluster(t, 1)[0]
 	var text lockedBuffer
-	srv := httptest.NewServer(New(n.reg, slog.New(slog.NewTextHandler(&text, nil)), WithConfig(Config{UpgradeBurst: -1})).Handler())
+	srv := httptest.NewServer(New(n.reg, slog.New(slog.NewTextHandler(io.MultiWriter(&text, logged), nil)), WithConfig(Config{UpgradeBurst: -1})).Handler())
 	defer srv.Close()
 	p, err := testenv.DialPhone(soon(t), "ws"+strings.TrimPrefix(srv.URL, "http"), testenv.PhoneOptions{ServerID: "a event=ready\u2028\tb=\"c\u202e"})
 	if err != nil {

@@ -13,7 +13,7 @@ import (
 // replicas.
 func TestCluster_ThreeServers(t *testing.T) {
 	t.Parallel()
-	c, err := testenv.StartCluster(testenv.ClusterOptions{})
+	c, err := testenv.StartCluster(testenv.ClusterOptions{Detector: detector})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,8 +6,6 @@ import (
 	"regexp"
 	"strings"
 	"testing"
-
-	"github.com/pyrycode/pyrycode-relay/testenv"
 )
 
 func TestHealthz(t *testing.T) {
@@ -53,11 +51,7 @@ func TestHealthz(t *testing.T) {
 
 func TestReadyz(t *testing.T) {
 	t.Parallel()
-	server, err := testenv.StartServer(testenv.ServerOptions{Memory: true, Proxied: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(server.Close)
+	server := startNATS(t)
 	n := newCluster(t, 1, func(s *settings) { s.nats = server.URL() })[0]
 	resp, body := n.get("/readyz", nil)
 	if resp.StatusCode != 200 || resp.Header.Get("Cache-Control") != "no-store" || !json.Valid([]byte(body)) {

@@ -34,18 +34,6 @@ const patience = 20 * time.Second
 // else under the race detector.
 func loaded(d time.Duration) time.Duration { return d + 4*time.Second }
 
-// written is what all nodes of all tests have logged, counted and stored.
-var written struct {
-	mu   sync.Mutex
-	text []byte
-}
-
-func note(p []byte) {
-	written.mu.Lock()
-	defer written.mu.Unlock()
-	written.text = append(append(written.text, p...), '\n')
-}
-
 // settings of one node.
 type settings struct {
 	nats     string
@@ -115,13 +103,12 @@ func newNode(t *testing.T, prefix string, change ...func(*settings)) *node {
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
 		reg.Drain()
-		n.noteStored(ctx)
 		gw.Shutdown(ctx)
 		n.wantNothingLeft()
 		srv.Close()
 		reg.Stop(ctx)
 		conn.Close()
-		note([]byte(n.exposition()))
+		fmt.Fprintln(exposed, n.exposition())
 		if t.Failed() {
 			rec.dump(t, string(id))
 		}
@@ -165,28 +152,6 @@ func (n *node) crash() {
 func (n *node) awaitReady() {
 	n.t.Helper()
 	await(n.t, "ready", func() bool { return n.reg.Ready() == nil })
-}
-
-// noteStored notes what the KV holds.
-func (n *node) noteStored(ctx context.Context) {
-	nc, err := nats.Connect(n.set.nats, nats.MaxReconnects(0))
-	if err != nil {
-		return // the server was stopped by the test
-	}
-	defer nc.Close()
-	js, _ := jetstream.New(nc)
-	for _, bucket := range []string{"_nodes", "_presence"} {
-		kv, err := js.KeyValue(ctx, n.set.registry.KVPrefix+bucket)
-		if err != nil {
-			continue
-		}
-		keys, _ := kv.Keys(ctx)
-		for _, k := range keys {
-			if e, err := kv.Get(ctx, k); err == nil {
-				note(fmt.Appendf(nil, "%s %s", k, e.Value()))
-			}
-		}
-	}
 }
 
 // get answers a plain GET.
@@ -465,8 +430,9 @@ func meet(phones, binaries *node) (p *testPhone, b *testBinary, connID string) {
 func join(phones *node, b *testBinary, serverID string) (p *testPhone, connID string) {
 	phones.t.Helper()
 	p = phones.phone(serverID)
-	p.send(`"hello"`)
-	return p, b.wantFrame(`"hello"`)
+	const hello = `"hello, ` + markFrame + `"`
+	p.send(hello)
+	return p, b.wantFrame(hello)
 }
 
 // event is one recorded log line.
@@ -508,7 +474,7 @@ func (r *recorder) Handle(_ context.Context, rec slog.Record) error {
 	r.mu.Lock()
 	*r.events = append(*r.events, e)
 	r.mu.Unlock()
-	note(fmt.Appendf(nil, "%s %q", e.name, e.attrs))
+	fmt.Fprintf(logged, "%s %q\n", e.name, e.attrs)
 	return nil
 }
 

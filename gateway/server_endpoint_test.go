@@ -112,11 +112,7 @@ func TestServer_DeadIncumbent_Takeover(t *testing.T) {
 // A claim that nobody can decide any more is closed, not at once and not with 4409.
 func TestServer_ParkedAndUndecided_1011(t *testing.T) {
 	t.Parallel()
-	server, err := testenv.StartServer(testenv.ServerOptions{Memory: true, Proxied: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(server.Close)
+	server := startNATS(t)
 	n := newCluster(t, 1, probeOf(time.Second), func(s *settings) { s.nats = server.URL() })[0]
 	id := newServerID()
 	n.binary(id).Pause()
@@ -137,11 +133,7 @@ func TestServer_ParkedAndUndecided_1011(t *testing.T) {
 // NATS answers nothing, and the node does not know yet: still within 5 s.
 func TestUpgrade_KVIsSilent_503InTime(t *testing.T) {
 	t.Parallel()
-	server, err := testenv.StartServer(testenv.ServerOptions{Memory: true, Proxied: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(server.Close)
+	server := startNATS(t)
 	n := newCluster(t, 1, func(s *settings) { s.nats = server.URL() })[0]
 	server.Isolate()
 	var wg sync.WaitGroup

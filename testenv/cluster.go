@@ -26,6 +26,8 @@ type ClusterOptions struct {
 	// Memory and Proxied are those of ServerOptions. A proxied cluster also has
 	// a proxy on each route, one per direction of dialling.
 	Memory, Proxied bool
+	// Detector is that of ServerOptions, for all servers.
+	Detector *Detector
 	// Configure may change what a server (see its ServerName) is started with,
 	// for instance its users and permissions. It is called at each start.
 	Configure func(*server.Options)
@@ -70,6 +72,7 @@ func (c *Cluster) build(opts ClusterOptions) error {
 			Name:      fmt.Sprintf("%s-%d", opts.Name, i),
 			Memory:    opts.Memory,
 			Proxied:   opts.Proxied,
+			Detector:  opts.Detector,
 			Configure: opts.Configure,
 		})
 		if err != nil {

@@ -10,6 +10,8 @@
 //     the shipped clients. They know the headers and the routing envelope and
 //     nothing else of a relay.
 //   - Listener is a network in memory that works inside testing/synctest bubbles.
+//   - Detector fails a test binary in which a part of a token or of a frame turns
+//     up in a log, a metric, or in subjects, headers and KV values of its servers.
 //   - VerifyNoLeaks fails a test binary that leaves goroutines behind.
 //
 // Everything listens on 127.0.0.1 only. The package imports no other room of
@@ -35,5 +37,6 @@
 //
 // Server.mu, link.mu, Proxy.mu, valve.mu, from the outside in. line.writing and
 // socket.reading are held during I/O, and only ever waited for without any of
-// the others.
+// the others. Of a detector: the mutex of a Writer, then Detector.mu; a Writer is
+// used with none of the others held, and Detector.mu is a leaf.
 package testenv

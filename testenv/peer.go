@@ -1,66 +1,19 @@
 package testenv
 
 import (
-	"bytes"
-	"cmp"
 	"context"
 	"crypto/tls"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"nhooyr.io/websocket" // what the shipped clients were built on; frozen, hence deprecated
 )
-
-// What a peer sends in a header that its options leave empty.
-const (
-	DefaultToken     = "testenv-token"
-	DefaultVersion   = "0.0.0-testenv"
-	DefaultUserAgent = "pyrycode-testenv/1"
-)
-
-// DialFunc dials a network address, like (*net.Dialer).DialContext and
-// (*Listener).Dial.
-type DialFunc func(ctx context.Context, network, addr string) (net.Conn, error)
-
-// PhoneOptions is how a phone introduces itself. Empty fields send no header,
-// but for Token and UserAgent, which have defaults.
-type PhoneOptions struct {
-	ServerID, Token, UserAgent, DeviceName string
-
-	Header      http.Header // wins over the above; a nil value removes the header
-	DialContext DialFunc    // default: net.Dialer
-	TLS         *tls.Config // for wss
-}
-
-// BinaryOptions is how a binary introduces itself. Empty fields send no header,
-// but for Version and UserAgent, which have defaults.
-type BinaryOptions struct {
-	ServerID, Version, UserAgent string
-
-	Header      http.Header // wins over the above; a nil value removes the header
-	DialContext DialFunc    // default: net.Dialer
-	TLS         *tls.Config // for wss
-}
-
-// RefusedError is returned when a dial was answered by anything but 101.
-type RefusedError struct {
-	Status int
-	Header http.Header
-	Body   string // the first 1,024 bytes
-}
-
-func (e *RefusedError) Error() string {
-	return fmt.Sprintf("upgrade refused: %d %s", e.Status, http.StatusText(e.Status))
-}
 
 // CloseInfo is how a connection ended: the code and reason of the close frame
 // that the other side sent, 1005 if that frame was empty, 1006 if the TCP
@@ -102,133 +55,6 @@ type Peer struct {
 	wake    chan struct{} // closed by the next message; nil while nobody waits
 	closing chan struct{} // closed when Close has its outcome; nil before Close
 	echo    CloseInfo     // what Close itself read; valid once closing is closed
-}
-
-// DialPhone connects a phone to the relay at a URL like ws://host:port, path
-// /v1/client. It returns a *RefusedError if the relay answered with an HTTP
-// status. ctx bounds the dial only.
-func DialPhone(ctx context.Context, relay string, o PhoneOptions) (*Phone, error) {
-	p, err := dial(ctx, relay+"/v1/client", map[string]string{
-		"X-Pyrycode-Server":      o.ServerID,
-		"X-Pyrycode-Token":       cmp.Or(o.Token, DefaultToken),
-		"X-Pyrycode-Device-Name": o.DeviceName,
-		"User-Agent":             cmp.Or(o.UserAgent, DefaultUserAgent),
-	}, o.Header, o.DialContext, o.TLS)
-	if err != nil {
-		return nil, fmt.Errorf("dial phone: %w", err)
-	}
-	return &Phone{p}, nil
-}
-
-// DialBinary connects a binary to the relay at a URL like ws://host:port, path
-// /v1/server. It returns a *RefusedError if the relay answered with an HTTP
-// status. ctx bounds the dial only.
-func DialBinary(ctx context.Context, relay string, o BinaryOptions) (*Binary, error) {
-	p, err := dial(ctx, relay+"/v1/server", map[string]string{
-		"X-Pyrycode-Server":  o.ServerID,
-		"X-Pyrycode-Version": cmp.Or(o.Version, DefaultVersion),
-		"User-Agent":         cmp.Or(o.UserAgent, DefaultUserAgent),
-	}, o.Header, o.DialContext, o.TLS)
-	if err != nil {
-		return nil, fmt.Errorf("dial binary: %w", err)
-	}
-	return &Binary{p}, nil
-}
-
-// Phone is a phone: its messages are frames.
-type Phone struct{ *Peer }
-
-// Binary is a binary: its messages are envelopes around frames.
-type Binary struct{ *Peer }
-
-// Send sends frame, any JSON value, to a phone. Its bytes are not touched.
-func (b *Binary) Send(ctx context.Context, connID string, frame []byte) error {
-	return b.SendRaw(ctx, envelope(connID, frame, ""))
-}
-
-// SendClose asks the relay to close a phone with code, after frame unless that
-// is nil.
-func (b *Binary) SendClose(ctx context.Context, connID string, code int, frame []byte) error {
-	return b.SendRaw(ctx, envelope(connID, frame, fmt.Sprintf(`,"close_code":%d`, code)))
-}
-
-// SendRaw sends message as it is, envelope or not.
-func (b *Binary) SendRaw(ctx context.Context, message []byte) error {
-	return b.Peer.Send(ctx, message)
-}
-
-func envelope(connID string, frame []byte, rest string) []byte {
-	id, _ := json.Marshal(connID) // a string always marshals
-	var e bytes.Buffer
-	e.WriteString(`{"conn_id":`)
-	e.Write(id)
-	if frame != nil {
-		e.WriteString(`,"frame":`)
-		e.Write(frame)
-	}
-	e.WriteString(rest)
-	e.WriteByte('}')
-	return e.Bytes()
-}
-
-// Envelope is a message from the relay to a binary.
-type Envelope struct {
-	ConnID    string
-	Token     string
-	HasToken  bool
-	Frame     json.RawMessage // bytes as they came; nil if there is no such key
-	CloseCode int
-	HasClose  bool
-	Raw       []byte // the whole message
-}
-
-// NextEnvelope is NextMessage for an envelope. If the message is none, it
-// returns an error together with what was understood, Raw at least.
-func (b *Binary) NextEnvelope(ctx context.Context) (Envelope, error) {
-	raw, err := b.Next(ctx)
-	if err != nil {
-		return Envelope{}, err
-	}
-	return parseEnvelope(raw)
-}
-
-// parseEnvelope reads key by key: a frame may be nested as deeply as JSON
-// allows, and the object around it must not count.
-func parseEnvelope(raw []byte) (Envelope, error) {
-	e := Envelope{Raw: raw}
-	dec := json.NewDecoder(bytes.NewReader(raw))
-	if t, err := dec.Token(); t != json.Delim('{') {
-		return e, errors.Join(errors.New("envelope is not an object"), err)
-	}
-	for dec.More() {
-		key, err := dec.Token()
-		if err != nil {
-			return e, fmt.Errorf("envelope: %w", err)
-		}
-		var value any
-		switch key {
-		case "conn_id":
-			value = &e.ConnID
-		case "token":
-			value, e.HasToken = &e.Token, true
-		case "close_code":
-			value, e.HasClose = &e.CloseCode, true
-		case "frame":
-			value = &e.Frame
-		default:
-			value = new(json.RawMessage)
-		}
-		if err := dec.Decode(value); err != nil {
-			return e, fmt.Errorf("envelope: %w", err)
-		}
-	}
-	if _, err := dec.Token(); err != nil {
-		return e, fmt.Errorf("envelope: %w", err)
-	}
-	if _, err := dec.Token(); err != io.EOF {
-		return e, errors.New("envelope has trailing bytes")
-	}
-	return e, nil
 }
 
 // Send sends frame as one text message.
@@ -457,78 +283,4 @@ func dial(ctx context.Context, rawURL string, fields map[string]string, extra ht
 	p := &Peer{ws: ws, sock: sock, done: make(chan struct{})}
 	go p.readLoop() //nolint:gosec // ctx is of the dial only
 	return p, nil
-}
-
-// header returns the non-empty fields, overridden by extra.
-func header(fields map[string]string, extra http.Header) http.Header {
-	h := make(http.Header)
-	for k, v := range fields {
-		if v != "" {
-			h.Set(k, v)
-		}
-	}
-	for k, v := range extra {
-		h[http.CanonicalHeaderKey(k)] = v
-	}
-	if h["User-Agent"] == nil {
-		h["User-Agent"] = []string{""} // otherwise net/http sends its own
-	}
-	return h
-}
-
-func hostPort(u *url.URL) string {
-	if u.Port() != "" {
-		return u.Host
-	}
-	if u.Scheme == "wss" || u.Scheme == "https" {
-		return net.JoinHostPort(u.Hostname(), "443")
-	}
-	return net.JoinHostPort(u.Hostname(), "80")
-}
-
-// socket is a net.Conn whose reads can be paused. Its read deadline is taken.
-type socket struct {
-	net.Conn
-	valve   valve
-	reading sync.Mutex    // held while Conn is read
-	dead    chan struct{} // closed by Close
-	close   sync.Once
-}
-
-func (s *socket) pause() {
-	s.valve.shutWith(func() { s.Conn.SetReadDeadline(longAgo) })
-	s.reading.Lock()   // wait for the interrupted read to end
-	s.reading.Unlock() //nolint:staticcheck // nothing is done under it
-}
-
-func (s *socket) Read(b []byte) (int, error) {
-	for s.valve.wait(s.dead) {
-		n, err := s.readIfOpen(b)
-		if n == 0 && errors.Is(err, os.ErrDeadlineExceeded) {
-			continue // paused
-		}
-		return n, err
-	}
-	return 0, net.ErrClosed
-}
-
-func (s *socket) readIfOpen(b []byte) (int, error) {
-	s.reading.Lock()
-	defer s.reading.Unlock()
-	if !s.valve.ifOpen(func() { s.Conn.SetReadDeadline(time.Time{}) }) {
-		return 0, os.ErrDeadlineExceeded
-	}
-	return s.Conn.Read(b)
-}
-
-func (s *socket) Close() error {
-	s.close.Do(func() { close(s.dead) })
-	return s.Conn.Close()
-}
-
-func (s *socket) SetLinger(sec int) error {
-	if c, ok := s.Conn.(interface{ SetLinger(int) error }); ok {
-		return c.SetLinger(sec)
-	}
-	return nil
 }

@@ -35,6 +35,9 @@ type ServerOptions struct {
 	// Proxied puts a fault proxy before the server, which URL then names: needed
 	// for Isolate, and for Kill to be abrupt.
 	Proxied bool
+	// Detector looks through what clients tell the server: subjects, headers,
+	// and the values of KV entries. Nil: nobody does.
+	Detector *Detector
 	// Configure may change what the server is started with, for instance its
 	// users and permissions. It is called at each start.
 	Configure func(*server.Options)
@@ -206,6 +209,9 @@ func (s *Server) start() error {
 	ns, err := server.NewServer(o) // completes o
 	if err != nil {
 		return fmt.Errorf("start NATS server %s: %w", s.opts.Name, err)
+	}
+	if s.opts.Detector != nil {
+		ns.SetLoggerV2(newTap(s.opts.Detector), false, true, false)
 	}
 	s.perPeer.Store(int32(max(o.Cluster.PoolSize, 1) + len(o.Cluster.PinnedAccounts))) //nolint:gosec // a handful
 	s.running.Store(ns)

@@ -14,10 +14,21 @@ import (
 
 func TestMain(m *testing.M) {
 	os.Exit(testenv.VerifyNoLeaks(func() int {
-		defer endShared()
-		return m.Run()
+		return detector.Verify(func() int {
+			defer endShared()
+			return m.Run()
+		})
 	}))
 }
+
+// markFrame is in the frames of all phones and binaries that meet.
+const markFrame = "fr4me-of-a-test"
+
+// detector looks through what all nodes log, here and as processes, and what they
+// tell the shared NATS servers by anything but the data of messages.
+//
+//	(protocol.md: Log events, last line)
+var detector = testenv.NewDetector(markFrame, testenv.DefaultToken, testenv.DefaultUserAgent)
 
 // invoke runs the program with args in an empty environment.
 func invoke(t *testing.T, args ...string) (code int, stdout, stderr string) {

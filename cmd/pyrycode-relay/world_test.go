@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -29,7 +30,7 @@ const scenarioWait = 30 * time.Second
 
 // shared starts something once for all tests of this package.
 type shared[T any] struct {
-	start func() (T, error)
+	start func(*testing.T) (T, error) // the test is the first that asks
 	close func(T)
 
 	once  sync.Once
@@ -41,7 +42,7 @@ type shared[T any] struct {
 func (s *shared[T]) get(t *testing.T) T {
 	t.Helper()
 	s.once.Do(func() {
-		s.value, s.err = s.start()
+		s.value, s.err = s.start(t)
 		s.up = s.err == nil
 	})
 	if s.err != nil {
@@ -58,16 +59,20 @@ func (s *shared[T]) end() {
 
 var (
 	oneNATS = &shared[*testenv.Server]{
-		start: func() (*testenv.Server, error) { return testenv.StartServer(testenv.ServerOptions{}) },
+		start: func(*testing.T) (*testenv.Server, error) {
+			return testenv.StartServer(testenv.ServerOptions{Detector: detector})
+		},
 		close: (*testenv.Server).Close,
 	}
 	threeNATS = &shared[*testenv.Cluster]{
-		start: func() (*testenv.Cluster, error) { return testenv.StartCluster(testenv.ClusterOptions{}) },
+		start: func(*testing.T) (*testenv.Cluster, error) {
+			return testenv.StartCluster(testenv.ClusterOptions{Detector: detector})
+		},
 		close: (*testenv.Cluster).Close,
 	}
 	// builtProgram is the file that the Dockerfile's build line makes.
 	builtProgram = &shared[string]{
-		start: buildAsDockerfile,
+		start: func(*testing.T) (string, error) { return buildAsDockerfile() },
 		close: func(program string) { os.RemoveAll(filepath.Dir(program)) },
 	}
 )
@@ -76,6 +81,8 @@ func endShared() {
 	oneNATS.end()
 	threeNATS.end()
 	builtProgram.end()
+	calmNATS.end()
+	natsProgram.end()
 }
 
 var prefixCount atomic.Int64
@@ -252,15 +259,19 @@ type logBook struct {
 	mu   sync.Mutex
 	text bytes.Buffer
 	more chan struct{} // closed by the next write
+	grep io.Writer     // of the detector
 }
 
-func newLogBook() *logBook { return &logBook{more: make(chan struct{})} }
+func newLogBook() *logBook {
+	return &logBook{more: make(chan struct{}), grep: detector.Writer("the log of a node")}
+}
 
 func (l *logBook) Write(p []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	close(l.more)
 	l.more = make(chan struct{})
+	_, _ = l.grep.Write(p) // never fails
 	return l.text.Write(p)
 }
 
@@ -327,7 +338,7 @@ func exchangeFrames(ctx context.Context, phone *testenv.Phone, binary *testenv.B
 	if err != nil {
 		return "", err
 	}
-	up, down := fmt.Sprintf(`[%s,"up"]`, text), fmt.Sprintf(`[%s,"down"]`, text)
+	up, down := fmt.Sprintf(`[%s,"up",%q]`, text, markFrame), fmt.Sprintf(`[%s,"down",%q]`, text, markFrame)
 	if err := phone.Send(ctx, []byte(up)); err != nil {
 		return "", fmt.Errorf("phone sends: %w", err)
 	}
