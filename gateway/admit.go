@@ -9,15 +9,14 @@ import (
 	"time"
 )
 
-// maxAddresses bounds what admission remembers, to about 100 MB. Over it the addresses seen
+// maxRemembered bounds what a limiter remembers, to about 100 MB. Over it the keys seen
 // least recently are forgotten early: a flood from a million addresses gets a few upgrades
 // more, and nobody is refused because of it.
-const maxAddresses = 1 << 20
+const maxRemembered = 1 << 20
 
-// admission limits the upgrades of each client address: a burst at once, then one per
-// interval, a token bucket kept as one time per address. The IPv6 addresses of a /64 are
-// one client. Safe for concurrent use.        (protocol.md: Liveness and limits)
-type admission struct {
+// limiter limits how often something may happen for each key: a burst at once, then once
+// per interval, a token bucket kept as one time per key. Safe for concurrent use.
+type limiter[K comparable] struct {
 	// Static after construction.
 	start    time.Time
 	interval time.Duration
@@ -26,15 +25,15 @@ type admission struct {
 
 	// Guarded by mu. The times are since start.
 	mu     sync.Mutex
-	recent map[netip.Addr]time.Duration // when the bucket is full again
-	older  map[netip.Addr]time.Duration // the same, of addresses not admitted since turned
-	turn   time.Duration                // when recent becomes older
+	recent map[K]time.Duration // when the bucket is full again
+	older  map[K]time.Duration // the same, of keys not admitted since turned
+	turn   time.Duration       // when recent becomes older
 }
 
-// newAdmission allows each address burst upgrades at once and then one per interval. A
-// burst of 0 or less is no limit.
-func newAdmission(interval time.Duration, burst int) *admission {
-	return &admission{
+// newLimiter allows burst at once and then one per interval, for each key. A burst of 0 or
+// less is no limit.
+func newLimiter[K comparable](interval time.Duration, burst int) *limiter[K] {
+	return &limiter[K]{
 		start:    time.Now(),
 		interval: interval,
 		burst:    burst,
@@ -42,34 +41,44 @@ func newAdmission(interval time.Duration, burst int) *admission {
 	}
 }
 
-// allow takes one upgrade from the bucket of addr. If there is none it takes nothing and
-// returns how long it will be until there is one, at most the interval. All invalid
-// addresses share a bucket.
-func (a *admission) allow(addr netip.Addr) (ok bool, retryAfter time.Duration) {
-	if a.burst <= 0 {
+// allow takes one from the bucket of key. If there is none it takes nothing and returns
+// how long it will be until there is one, at most the interval.
+func (l *limiter[K]) allow(key K) (ok bool, retryAfter time.Duration) {
+	if l.burst <= 0 {
 		return true, 0
 	}
-	addr = bucketOf(addr)
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	now := time.Since(a.start)
-	a.forget(now)
-	full := max(now, a.recent[addr], a.older[addr]) + a.interval
-	if wait := full - now - a.window; wait > 0 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Since(l.start)
+	l.forget(now)
+	full := max(now, l.recent[key], l.older[key]) + l.interval
+	if wait := full - now - l.window; wait > 0 {
 		return false, wait
 	}
-	a.recent[addr] = full
+	l.recent[key] = full
 	return true, 0
 }
 
 // forget drops older and starts a new recent, once a window: whatever is in older was last
 // written more than a window ago, so it is full, and an unknown bucket is full as well.
-func (a *admission) forget(now time.Duration) {
-	if now < a.turn && len(a.recent) < maxAddresses/2 {
+func (l *limiter[K]) forget(now time.Duration) {
+	if now < l.turn && len(l.recent) < maxRemembered/2 {
 		return
 	}
-	a.older, a.recent = a.recent, make(map[netip.Addr]time.Duration)
-	a.turn = now + a.window
+	l.older, l.recent = l.recent, make(map[K]time.Duration)
+	l.turn = now + l.window
+}
+
+// admission limits the upgrades of each client address. The IPv6 addresses of a /64 are
+// one client, and so are all invalid ones.    (protocol.md: Liveness and limits)
+type admission struct{ *limiter[netip.Addr] }
+
+func newAdmission(interval time.Duration, burst int) admission {
+	return admission{newLimiter[netip.Addr](interval, burst)}
+}
+
+func (a admission) allow(addr netip.Addr) (ok bool, retryAfter time.Duration) {
+	return a.limiter.allow(bucketOf(addr))
 }
 
 func bucketOf(addr netip.Addr) netip.Addr {

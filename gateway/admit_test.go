@@ -123,15 +123,15 @@ func TestAdmission_FloodForgivesAndStaysBounded(t *testing.T) {
 		bin.BigEndian.PutUint64(b[:], i|1<<63)
 		return netip.AddrFrom16(b)
 	}
-	for i := range uint64(maxAddresses + 100) {
+	for i := range uint64(maxRemembered + 100) {
 		if ok, _ := a.allow(addr(i)); !ok {
 			t.Fatalf("new address %d refused", i)
 		}
-		if n := len(a.recent) + len(a.older); n > maxAddresses {
+		if n := len(a.recent) + len(a.older); n > maxRemembered {
 			t.Fatalf("%d addresses remembered", n)
 		}
 	}
-	if ok, _ := a.allow(addr(maxAddresses)); ok {
+	if ok, _ := a.allow(addr(maxRemembered)); ok {
 		t.Error("the latest address is not remembered")
 	}
 	if ok, _ := a.allow(addr(0)); !ok {

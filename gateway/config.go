@@ -98,9 +98,20 @@ const (
 	// slot, so that pings are spread and no connection has a timer of its own.
 	heartbeatSlots = 30
 
+	// thawTime is what a process that was stopped and continued (SIGCONT, a machine
+	// that was paused) has to read what came meanwhile, before a pong counts as late.
+	thawTime = time.Second
+
 	// parkTime is how long a binary that was just upgraded is kept at least although
 	// the relay could not decide: closed at once, it would redial at once.
 	parkTime = time.Second
+
+	// claimBurst claims of one server-id pass at once on one node, and then one per
+	// claimInterval. A binary whose connection flaps stays far below.
+	claimBurst    = 30
+	claimInterval = time.Second
+	// contentionLog is how often a fight for one server-id is logged.
+	contentionLog = time.Minute
 
 	// earlyOverhead is added to the length of each message that waits for a claim to
 	// be decided, so that a flood of tiny ones is bounded too.

@@ -119,10 +119,14 @@ func (c *conn) ping(ctx context.Context) error {
 
 // heartbeat pings the peer once and closes the connection if it does not answer.
 // If the relay itself stopped reading meanwhile, the pong may wait behind frames
-// that nobody has read: then the next heartbeat tells.
+// that nobody has read: then the next heartbeat tells. If the whole process was
+// stopped meanwhile, the pong is in the socket: the end of the time-out is a timer
+// of its own, so that there is time to read it.
 func (c *conn) heartbeat() {
-	ctx, cancel := context.WithTimeout(context.Background(), c.g.cfg.PongTimeout)
+	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
+	end := min(thawTime, c.g.cfg.PongTimeout/4)
+	defer time.AfterFunc(c.g.cfg.PongTimeout-end, func() { time.AfterFunc(end, cancel) }).Stop()
 	stalls := c.stalls.Load()
 	if c.ping(ctx) == nil || ctx.Err() == nil {
 		return // it answered, or has ended, and its reader knows how

@@ -19,12 +19,13 @@ import (
 // Gateway holds the sockets of one node. All methods may be called concurrently.
 type Gateway struct {
 	// Static after New.
-	reg       *registry.Registry
-	log       *slog.Logger
-	cfg       Config
-	metrics   *metrics
-	admission *admission
-	started   time.Time
+	reg        *registry.Registry
+	log        *slog.Logger
+	cfg        Config
+	metrics    *metrics
+	admission  admission
+	contention contention
+	started    time.Time
 
 	held   atomic.Int64 // binaries that hold their server-id
 	phones atomic.Int64 // phones that are attached
@@ -49,6 +50,7 @@ func New(r *registry.Registry, logger *slog.Logger, opts ...Option) *Gateway {
 	}
 	g.cfg = g.cfg.withDefaults()
 	g.admission = newAdmission(g.cfg.UpgradeInterval, g.cfg.UpgradeBurst)
+	g.contention = newContention()
 	g.metrics = newMetrics(g)
 	for i := range g.slots {
 		g.slots[i] = make(map[*conn]struct{})

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"errors"
+	"net/http"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -27,6 +28,8 @@ const (
 
 	outcomeDone outcome = "" // a connection that was upgraded has ended; not counted
 
+	failureContended = "contended" // 429, too many claims of one server-id
+
 	dropUnknownConn = "unknown_conn"
 	dropPushWake    = "push_wake"
 )
@@ -34,7 +37,7 @@ const (
 var (
 	endpoints = []endpoint{endpointServer, endpointClient}
 	outcomes  = []outcome{outcomeUpgraded, outcomeRateLimited, outcomeFull, outcomeBadRequest, outcomeHandshake, outcomeUnavailable}
-	failures  = []string{"no_server", "too_many_phones", "conflict", "undecided", "not_ready"}
+	failures  = []string{"no_server", "too_many_phones", "conflict", "undecided", "not_ready", failureContended}
 	drops     = []string{
 		dropUnknownConn, dropPushWake, string(errSyntax), string(errNotObject),
 		string(errTrailing), string(errConnID), string(errCloseCode), string(errEmpty),
@@ -131,7 +134,10 @@ func endpointOf(k kind) endpoint {
 // outcomeOf says how an upgrade failed.
 func outcomeOf(err error) outcome {
 	var r refusal
-	if errors.As(err, &r) {
+	switch {
+	case errors.As(err, &r) && r.status == http.StatusTooManyRequests:
+		return outcomeRateLimited
+	case errors.As(err, &r):
 		return outcomeUnavailable
 	}
 	return outcomeHandshake

@@ -61,6 +61,9 @@ func (g *Gateway) serveServer(w http.ResponseWriter, r *http.Request) {
 	b.init(g, kindBinary, bus.NewConnID(h.serverID), func(int) {})
 	b.out.limit = g.reg.MaxPhones() * (g.reg.Bus().Window() + g.cfg.MaxFrameBytes + backlogSlack)
 	sock, err := upgrade(w, r, &g.cfg, func() error {
+		if err := g.contended(b); err != nil {
+			return err
+		}
 		b.decision = b.claim(registry.WithoutProbe())
 		if b.decision == nil || errors.Is(b.decision, registry.ErrHeld) {
 			return nil
@@ -184,7 +187,7 @@ func (b *binary) decide(ctx context.Context) {
 		b.g.log.Info("server_claimed", "server_id", logServerID(b.serverID), "binary_version", logText(b.version), "remote", b.addr)
 		return
 	case errors.Is(err, registry.ErrServerIDConflict):
-		b.g.log.Info("server_id_conflict", "server_id", logServerID(b.serverID), "remote", b.addr)
+		b.g.conflicted(b)
 	default:
 		select { // not at once, or it would redial at once, and so on
 		case <-time.After(parkTime - time.Since(upgraded)):

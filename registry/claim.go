@@ -144,13 +144,46 @@ func (r *Registry) Alive(ctx context.Context, serverID string, session bus.Sessi
 	if h == nil || h.serverID != serverID {
 		return false
 	}
-	ctx, cancel := context.WithTimeout(ctx, r.cfg.ProbeTimeout)
-	defer cancel()
-	if h.opts.ping(ctx) != nil {
+	p := r.nextProbe(h)
+	select {
+	case <-p.done:
+	case <-ctx.Done():
 		return false
 	}
 	s := r.stateOf(h)
-	return s == held || s == claiming
+	return p.alive && (s == held || s == claiming)
+}
+
+// probe is a ping to the binary of a holding.
+type probe struct {
+	done  chan struct{} // closed when alive is set
+	alive bool
+}
+
+// nextProbe returns a ping that is not on its way yet. Claims that come within
+// probeEvery share one, so that no binary has more to answer, however many claim.
+func (r *Registry) nextProbe(h *holding) *probe {
+	r.mu.Lock()
+	p := h.next
+	if p != nil {
+		r.mu.Unlock()
+		return p
+	}
+	p = &probe{done: make(chan struct{})}
+	h.next = p
+	wait := time.Until(h.probed.Add(probeEvery))
+	r.mu.Unlock()
+	r.spawn(func() {
+		defer close(p.done)
+		pause(r.ctx, wait)
+		r.mu.Lock()
+		h.next, h.probed = nil, time.Now()
+		r.mu.Unlock()
+		ctx, cancel := context.WithTimeout(r.ctx, r.cfg.ProbeTimeout)
+		defer cancel()
+		p.alive = h.opts.ping(ctx) == nil
+	})
+	return p
 }
 
 // Taken implements bus.Handler: another session is said to hold serverID.

@@ -351,3 +351,44 @@ func TestReleaseAgainstClaim_EndsWithTheClaim(t *testing.T) {
 		}
 	})
 }
+
+// Binaries that fight for a server-id write nothing to the KV unless one of them gets
+// it, and many that come at once share the pings that the incumbent has to answer.
+func TestFight_KVWritesAndPingsAreBounded(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		b := ns[0].mustClaim("id")
+		writes := func() uint64 {
+			last, err := ns[0].presence.last(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			return last
+		}
+		const rivals = 60
+		start, before := time.Now(), writes()
+		var wg sync.WaitGroup
+		for i := range rivals {
+			wg.Go(func() {
+				_, err := ns[i%3].claim("id")
+				wantErr(t, "rival", err, ErrServerIDConflict)
+			})
+		}
+		wg.Wait()
+		if got := writes() - before; got != 0 {
+			t.Errorf("%d rivals caused %d writes, want none", rivals, got)
+		}
+		if got, most := b.pings.Load(), int64(time.Since(start)/probeEvery)+2; got > most {
+			t.Errorf("%d rivals caused %d pings in %s, want at most %d", rivals, got, time.Since(start), most)
+		}
+		before = writes()
+		for i := range 6 { // one flaps from node to node
+			b.release()
+			b = ns[(i+1)%3].mustClaim("id")
+		}
+		eventually(t, 5*time.Second, "entry of the last one", func() bool { e, ok := s.entry("id"); return ok && e.Session == b.session() })
+		if got := writes() - before; got > 3*6 {
+			t.Errorf("6 reclaims caused %d writes, want at most 3 each: release, claim, proof", got)
+		}
+	})
+}

@@ -60,6 +60,8 @@ const (
 	// parkTimeout bounds a claim that is parked after its 101 for another reason than
 	// a probe under way.                               (protocol.md: Close codes)
 	parkTimeout = 10 * time.Second
+	// probeEvery is how long claims on one holding gather for one ping.
+	probeEvery = 100 * time.Millisecond
 	// answerTime is what the holder's node has beyond ProbeTimeout to say how the
 	// probe went.
 	answerTime = 500 * time.Millisecond

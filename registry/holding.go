@@ -33,6 +33,8 @@ type holding struct {
 	since    time.Time          // of the connection
 	links    map[*bus.Link]bool // the attach table; true: attached in grace
 	ending   *time.Timer        // of the grace
+	next     *probe             // that has not been sent yet
+	probed   time.Time          // when the latest was sent
 }
 
 type holdingState int

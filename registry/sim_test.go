@@ -2,7 +2,6 @@ package registry
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -382,6 +381,10 @@ func (w *simWorld) do(s step) {
 					w.holdKV.wipe()
 				}
 				w.setDown(false)
+				for _, n := range everybody { // not all at once
+					w.fault(step{Do: "late", Node: s.Node}, w.net.upTo(3*time.Second), []*simNode{n}, false,
+						func() { n.port.setState(portAway) }, func() { n.port.setState(portLinked) })
+				}
 			})
 	case "wipe":
 		w.fault(s, 0, nil, false, func() {
@@ -555,6 +558,17 @@ func (w *simWorld) leave(b *simBinary, why string) {
 	}
 }
 
+// evicted is told when b's node takes it for displaced.
+func (w *simWorld) evicted(b *simBinary) {
+	w.holdKV.truth(b.serverID) // brings it up to now
+	w.mu.Lock()
+	if c := w.commits[bus.EncodeToken(b.serverID)]; len(c) > 0 && c[len(c)-1].e.Session == b.session && b.gone.IsZero() {
+		w.breakLocked("%s evicted, and the KV names it", b.id)
+	}
+	w.mu.Unlock()
+	w.leave(b, "evicted")
+}
+
 func (b *simBinary) ping(ctx context.Context) error {
 	sent := time.Now()
 	if !pause(ctx, simDelay) {
@@ -580,7 +594,7 @@ func (w *simWorld) claim(n *simNode, serverID string) {
 	w.binaries = append(w.binaries, b)
 	w.noteLocked("%s claims %s on %s", b.id, serverID, n.port.id)
 	w.mu.Unlock()
-	opts := []Option{WithPing(b.ping), OnEvict(func(error) { w.leave(b, "evicted") })}
+	opts := []Option{WithPing(b.ping), OnEvict(func(error) { w.evicted(b) })}
 	err := w.claimOnce(b, decideTimeout, append(opts, WithoutProbe())...)
 	if errors.Is(err, ErrHeld) {
 		err = w.claimOnce(b, max(parkTimeout, n.ProbeTimeout()+kvTimeout), opts...)
@@ -617,6 +631,19 @@ func (w *simWorld) claimOnce(b *simBinary, bound time.Duration, opts ...Option) 
 	return err
 }
 
+// checkDecisionLocked: a node that cannot have renewed its lease for too long says
+// nothing about who is there.
+func (w *simWorld) checkDecisionLocked(n *simNode, err error) {
+	if !errors.Is(err, ErrNoServer) {
+		return // a conflict has its pong
+	}
+	for _, cut := range n.cuts {
+		if cut.to.IsZero() && time.Since(cut.from) > n.cfg.freshFor()+simDelay {
+			w.breakLocked("%s, cut off for %s, says: %v", n.port.id, time.Since(cut.from), err)
+		}
+	}
+}
+
 // checkTakeoverLocked looks at whom b has displaced.
 func (w *simWorld) checkTakeoverLocked(b *simBinary) {
 	var before simCommit
@@ -641,20 +668,11 @@ func (w *simWorld) checkTakeoverLocked(b *simBinary) {
 				silent++
 			}
 		}
-		if silent < 2 && len(old.at.cutsSince(time.Now().Add(-Config{}.withDefaults().LeaseTTL))) == 0 {
+		leaseGone := !w.nodesKV.truth(string(old.at.port.id)).exists && b.at.unbrokenFor() >= b.at.cfg.LeaseTTL
+		if silent < 2 && !leaseGone {
 			w.breakLocked("%s took %s from %s, which is alive, on %s", b.id, b.serverID, old.id, old.at.port.id)
 		}
 	}
-}
-
-// cutsSince lists the faults that met n since t.
-func (n *simNode) cutsSince(t time.Time) (cuts []interval) {
-	for _, c := range n.cuts {
-		if c.to.IsZero() || c.to.After(t) {
-			cuts = append(cuts, c)
-		}
-	}
-	return cuts
 }
 
 func (w *simWorld) pongSinceLocked(b *simBinary) bool {
@@ -710,6 +728,7 @@ func (w *simWorld) dial(n *simNode, serverID string) {
 	if took := time.Since(called); took > decideTimeout+simDelay {
 		w.breakLocked("dial took %s", took)
 	}
+	w.checkDecisionLocked(n, err)
 	switch {
 	case err == nil:
 		w.phones = append(w.phones, p)
@@ -835,5 +854,3 @@ func (w *simWorld) checkEnd() {
 		}
 	}
 }
-
-var _ = json.Marshal

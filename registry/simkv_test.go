@@ -2,7 +2,6 @@ package registry
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -458,5 +457,4 @@ func (b simBucket) each(ctx context.Context, f func(key string, rec record)) err
 var (
 	_ kv            = simBucket{}
 	_ bus.Transport = (*simPort)(nil)
-	_               = errors.Is
 )
