@@ -30,8 +30,6 @@ var (
 	ErrNoSession = errors.New("no such session")
 	// ErrTooManyPhones is returned when the session has no room for a phone.
 	ErrTooManyPhones = errors.New("too many phones")
-	// ErrDraining is returned when the node at the other end is shutting down.
-	ErrDraining = errors.New("node draining")
 	// ErrClosed is returned by calls on a link that has ended or is ending.
 	ErrClosed = errors.New("link closed")
 	// ErrNoResponders is returned when nobody listens on a node's subject: the

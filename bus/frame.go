@@ -104,7 +104,7 @@ var reasons = map[Reason]error{
 	8:  ErrBacklog,
 	9:  ErrNoSession,
 	10: ErrTooManyPhones,
-	11: ErrDraining,
+	// 11 had a meaning once and gets no other one.
 }
 
 // reasonOf gives the byte and the payload that carry err. What has no byte of
@@ -122,7 +122,9 @@ func reasonOf(err error) (Reason, []byte) {
 	return reasonLinkLost, nil
 }
 
-// errorOf is the inverse of reasonOf.
+// errorOf is the inverse of reasonOf. A reason that this version does not know,
+// from a newer node, is a lost link: the end stays visible, and the phone dials
+// again.
 func errorOf(r Reason, payload []byte) error {
 	if r == ReasonCode && len(payload) == 2 {
 		return CodeError(binary.BigEndian.Uint16(payload))

@@ -89,7 +89,7 @@ func FuzzDecode(f *testing.F) {
 func TestReasons_RoundTrip(t *testing.T) {
 	travel := map[error]Reason{
 		ErrLinkLost: 2, ErrNodeGone: 3, ErrReclaimed: 4, ErrMoved: 5, ErrAway: 6, ErrGraceOver: 7,
-		ErrBacklog: 8, ErrNoSession: 9, ErrTooManyPhones: 10, ErrDraining: 11,
+		ErrBacklog: 8, ErrNoSession: 9, ErrTooManyPhones: 10,
 		CodeError(0): ReasonCode, CodeError(1000): ReasonCode, CodeError(4401): ReasonCode, CodeError(65535): ReasonCode,
 	}
 	for want, number := range travel {
@@ -109,7 +109,7 @@ func TestReasons_RoundTrip(t *testing.T) {
 	for _, c := range []struct {
 		reason  Reason
 		payload string
-	}{{0, ""}, {1, ""}, {1, "\x03"}, {1, "\x03\xe8\x00"}, {12, ""}, {0x80, ""}, {255, ""}} {
+	}{{0, ""}, {1, ""}, {1, "\x03"}, {1, "\x03\xe8\x00"}, {11, ""}, {12, ""}, {0x80, ""}, {255, ""}} {
 		if got := errorOf(c.reason, []byte(c.payload)); got != ErrLinkLost { //nolint:errorlint // the value itself
 			t.Errorf("reason %d %x is %v, want ErrLinkLost", c.reason, c.payload, got)
 		}

@@ -527,34 +527,47 @@ func TestLink_FailEndsBothSides(t *testing.T) {
 	})
 }
 
-func TestLink_FailWhileTheReceiverIsInDeliver_EndsAfterIt(t *testing.T) {
-	onBoth(t, func(t *testing.T, r *rig) {
-		binary := r.newReceiver()
-		in := make(chan *Link)
-		failed := make(chan struct{})
-		binary.onTake = func(l *Link, _ []byte) {
-			in <- l
-			<-failed
-		}
-		p, _ := r.connect(r.newReceiver(), binary)
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			_ = p.Send(textFrame("x"))
-		}()
-		(<-in).Fail(ErrNoSession) // the receiver complains if End comes now
-		close(failed)
-		if err := binary.ended(); !errors.Is(err, ErrNoSession) {
-			t.Errorf("ended with %v, want ErrNoSession", err)
-		}
-		<-done
-		r.empty()
-	})
+func TestLink_EndsWhileTheReceiverIsInDeliver_ToldAfterIt(t *testing.T) {
+	for name, tt := range map[string]struct {
+		end  func(l *Link)
+		want error
+	}{
+		"fails": {func(l *Link) { l.Fail(ErrNoSession) }, ErrNoSession},
+		"is offered too much": {func(l *Link) {
+			for l.Offer(sizedFrame(testConfig.Window)) == nil {
+			}
+		}, ErrBacklog},
+	} {
+		t.Run(name, func(t *testing.T) {
+			onBoth(t, func(t *testing.T, r *rig) {
+				binary := r.newReceiver()
+				in := make(chan *Link)
+				ended := make(chan struct{})
+				binary.onTake = func(l *Link, _ []byte) {
+					in <- l
+					<-ended
+				}
+				p, _ := r.connect(r.slowReceiver(), binary)
+				done := make(chan struct{})
+				go func() {
+					defer close(done)
+					_ = p.Send(textFrame("x"))
+				}()
+				tt.end(<-in) // the receiver complains if End comes now
+				close(ended)
+				if err := binary.ended(); !errors.Is(err, tt.want) {
+					t.Errorf("ended with %v, want %v", err, tt.want)
+				}
+				<-done
+				r.empty()
+			})
+		})
+	}
 }
 
 func TestOpen_RefusedForEachReason(t *testing.T) {
 	onBoth(t, func(t *testing.T, r *rig) {
-		for _, want := range []error{ErrNoSession, ErrTooManyPhones, ErrDraining, ErrReclaimed, CodeError(4000)} {
+		for _, want := range []error{ErrNoSession, ErrTooManyPhones, ErrReclaimed, CodeError(4000)} {
 			r.held.opens(func(l *Link) (Receiver, bool, error) {
 				if l.ServerID() != "a.b" || l.ConnID() != "conn" || l.Session() != r.session || l.Node() != r.phones.Node() {
 					t.Errorf("asked for %q %q %s %s", l.ServerID(), l.ConnID(), l.Session(), l.Node())

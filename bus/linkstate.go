@@ -9,7 +9,7 @@ import "time"
 // The invariant, per direction: the receiver takes exactly the number after the
 // last one, and the sender keeps each numbered message until it is acknowledged.
 // So what is delivered is what was sent, in order, without a gap; and if that
-// cannot be kept up, the link is lost on both sides.     (docs/adr/0003, links)
+// cannot be kept up, the link is lost on both sides.       (doc.go: Guarantee)
 //
 // Credit is counted in bytes from the link's start, frames with their overhead.
 // "Received" (ack) and "consumed" (credit) are two numbers: a peer that reads

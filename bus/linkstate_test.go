@@ -516,6 +516,17 @@ func TestReset_EndsTheOtherEnd(t *testing.T) {
 	e.says()
 }
 
+// Whatever a newer node says about the end of a link, the link ends and says so.
+func TestUnknownReason_EndsTheLinkVisibly(t *testing.T) {
+	for _, m := range []Message{
+		{Kind: KindClose, Seq: 1, Reason: 200},
+		{Kind: KindReset, Reason: 200},
+		{Kind: KindClose, Seq: 1, Reason: ReasonCode, Payload: []byte("more than a code")},
+	} {
+		newEndTest(t).hears(m, "", ErrLinkLost)
+	}
+}
+
 func TestDisturbance_MakesAWaitingEndAskAtOnce(t *testing.T) {
 	e := newEndTest(t)
 	e.send("a")

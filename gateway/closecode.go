@@ -62,7 +62,6 @@ var codeTable = []struct {
 }{
 	{bus.ErrLinkLost, codeLinkLost},
 	{bus.ErrNodeGone, codeGatewayGone},
-	{bus.ErrDraining, codeGatewayGone},
 	{bus.ErrReclaimed, codeReclaimed},
 	{bus.ErrMoved, codeReclaimed}, // its frames had a session already, so it cannot move
 	{bus.ErrAway, codeAway},

@@ -7,7 +7,11 @@ import (
 	"go/parser"
 	"go/token"
 	"io"
+	"maps"
 	"os"
+	"slices"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -51,7 +55,6 @@ func TestCodeFor_EverySentinelIsMapped(t *testing.T) {
 		"bus.ErrBacklog":               {bus.ErrBacklog, 1011, "phone backlog full"},
 		"bus.ErrNoSession":             {bus.ErrNoSession, 4404, "no server with that id"},
 		"bus.ErrTooManyPhones":         {bus.ErrTooManyPhones, 4429, "too many phones for server-id"},
-		"bus.ErrDraining":              {bus.ErrDraining, 4404, "binary's gateway is gone"},
 		"bus.ErrClosed":                {bus.ErrClosed, 1011, "relay link lost"},
 		"bus.ErrNoResponders":          {bus.ErrNoResponders, 1011, "relay link lost"},
 		"registry.ErrNoServer":         {registry.ErrNoServer, 4404, "no server with that id"},
@@ -166,6 +169,58 @@ func TestCloseNotice_SaysHowThePhoneEnded(t *testing.T) {
 		await(t, "none is attached", func() bool { return len(connIDs(phones.reg, id)) == 0 })
 		wantQuiet(t, b.Peer) // each once
 	})
+}
+
+// Many phones send and leave at the same moment. Of each, the binary sees its frames
+// in order, then one notice, then nothing.
+func TestCloseNotice_IsTheLastOfItsPhone(t *testing.T) {
+	t.Parallel()
+	const count, frames = 40, 5
+	eachPlacement(t, func(t *testing.T, phones, binaries *node) {
+		id := newServerID()
+		b := binaries.binary(id)
+		var want []string
+		start := make(chan struct{})
+		var left sync.WaitGroup
+		for i := range count {
+			p := phones.phone(id)
+			life := ""
+			for k := range frames {
+				life += fmt.Sprint(i*frames+k, " ")
+			}
+			want = append(want, life+fmt.Sprint("close ", 4000+i))
+			left.Go(func() {
+				<-start
+				for frame := range strings.FieldsSeq(life) {
+					if err := p.Send(soon(t), []byte(frame)); err != nil {
+						t.Errorf("phone %d: %v", i, err)
+					}
+				}
+				if err := p.Close(4000+i, ""); err != nil {
+					t.Errorf("phone %d: %v", i, err)
+				}
+			})
+		}
+		close(start)
+		seen := make(map[string]string) // by conn_id
+		for notices := 0; notices < count; {
+			e := b.next()
+			if e.HasClose {
+				notices++
+				seen[e.ConnID] += fmt.Sprint("close ", e.CloseCode)
+				continue
+			}
+			seen[e.ConnID] += string(e.Frame) + " "
+			b.send(e.ConnID, string(e.Frame)) // an answer, which may meet the end
+		}
+		left.Wait()
+		await(t, "none is attached", func() bool { return len(connIDs(phones.reg, id)) == 0 })
+		wantQuiet(t, b.Peer)
+		slices.Sort(want)
+		if got := slices.Sorted(maps.Values(seen)); !slices.Equal(got, want) {
+			t.Errorf("the phones are seen as\n%q, want\n%q", got, want)
+		}
+	}, func(s *settings) { s.registry.MaxPhones = count })
 }
 
 // A peer that dies with a ping under way ends with its own code.

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/pyrycode/pyrycode-relay/testenv"
@@ -108,11 +109,7 @@ func TestDrain_StuckPeers_WithinItsTime(t *testing.T) {
 // Nor does a KV that answers nothing.
 func TestDrain_KVIsSilent_WithinItsTime(t *testing.T) {
 	t.Parallel()
-	server, err := testenv.StartServer(testenv.ServerOptions{Memory: true, Proxied: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(server.Close)
+	server := startNATS(t)
 	n := newCluster(t, 1, func(s *settings) { s.nats = server.URL() })[0]
 	for range 3 {
 		_, b, _ := meet(n, n)
@@ -177,4 +174,54 @@ func TestDrain_WhilePeersCome(t *testing.T) {
 		wg.Wait()
 		phones.wantNothingLeft()
 	})
+}
+
+// Connections are closed in batches, so that the gateways which their peers dial
+// next do not meet all of them at once; and a gateway with many is not later.
+func TestDrain_InBatches(t *testing.T) {
+	for name, tt := range map[string]struct {
+		conns, batch int
+		time         time.Duration // what the caller gives
+		want         time.Duration // until the last is closed
+	}{
+		"Few":        {drainBatch - 1, drainBatch, time.Minute, 0},
+		"Some":       {5 * drainBatch, drainBatch, time.Minute, 4 * drainPause},
+		"Many":       {3*drainBatch*drainSteps + drainSteps - 1, 3 * drainBatch, time.Minute, drainSteps * drainPause},
+		"LittleTime": {drainBatch * drainSteps, drainBatch, 10 * drainPause, 10 * drainPause},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g := &Gateway{}
+				start := time.Now()
+				closed := make(map[time.Duration]int) // so many at that time
+				for i := range g.slots {
+					g.slots[i] = make(map[*conn]struct{})
+				}
+				for i := range tt.conns {
+					c := &conn{slot: i % heartbeatSlots}
+					c.init(g, kindPhone, "c", func(code int) {
+						if code != 1001 {
+							t.Errorf("closed %d, want 1001", code)
+						}
+						closed[time.Since(start)]++
+						delete(g.slots[c.slot], c)
+					})
+					g.slots[c.slot][c] = struct{}{}
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), tt.time)
+				defer cancel()
+				g.Shutdown(ctx)
+				all, last := 0, time.Duration(0)
+				for at, n := range closed {
+					all, last = all+n, max(last, at)
+					if n > tt.batch && at < tt.time {
+						t.Errorf("%d closed at once after %v, want %d at most", n, at, tt.batch)
+					}
+				}
+				if all != tt.conns || last != tt.want {
+					t.Errorf("closed %d of %d, the last after %v, want %v", all, tt.conns, last, tt.want)
+				}
+			})
+		})
+	}
 }

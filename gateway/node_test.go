@@ -546,17 +546,23 @@ func (n *node) rawDial(serverID string) net.Conn {
 		n.t.Fatal(err)
 	}
 	n.t.Cleanup(func() { c.Close() })
+	handshake(n.t, c, serverID)
+	return c
+}
+
+// handshake makes c a phone's connection.
+func handshake(t *testing.T, c net.Conn, serverID string) {
+	t.Helper()
 	fmt.Fprintf(c, "GET /v1/client HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"+
 		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nUser-Agent: raw/1\r\nX-Pyrycode-Server: %s\r\nX-Pyrycode-Token: %s\r\n\r\n", serverID, markToken)
 	var head []byte
 	for one := make([]byte, 1); !strings.HasSuffix(string(head), "\r\n\r\n"); head = append(head, one[0]) {
 		c.SetReadDeadline(time.Now().Add(patience))
 		if _, err := c.Read(one); err != nil {
-			n.t.Fatalf("handshake: %v", err)
+			t.Fatalf("handshake: %v", err)
 		}
 	}
 	if !strings.HasPrefix(string(head), "HTTP/1.1 101 ") {
-		n.t.Fatalf("handshake: %q", head)
+		t.Fatalf("handshake: %q", head)
 	}
-	return c
 }

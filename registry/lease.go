@@ -39,6 +39,7 @@ type lease struct {
 	revision uint64    // of the last acknowledged renewal
 	renewed  time.Time // start of the last acknowledged renewal
 	unbroken time.Time // start of the first renewal since the lease was last missing or stale
+	swept    time.Time // start of the last complete sweep
 	draining bool
 }
 
@@ -76,6 +77,14 @@ func (r *Registry) unbrokenFor() time.Duration {
 		return 0
 	}
 	return now.Sub(r.lease.unbroken)
+}
+
+// swept reports whether what this node holds has been compared with the KV since its
+// lease was last missing or stale. If not, its tables are a hint like any other.
+func (r *Registry) swept() bool {
+	r.lease.mu.Lock()
+	defer r.lease.mu.Unlock()
+	return r.lease.swept.After(r.lease.unbroken)
 }
 
 // leaseLoop creates the buckets and keeps the lease until ctx ends.

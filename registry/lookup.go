@@ -146,13 +146,15 @@ func (a *attempt) try(ctx context.Context) (done bool, err error) {
 }
 
 // lookUp finds the entry of the server-id. A replica's word is enough to go and
-// ask the holder; that nobody holds it takes the leader's.
+// ask the holder; that nobody holds it takes the leader's. A node that has just been
+// cut off asks the leader only.
 func (a *attempt) lookUp(ctx context.Context) (entry, error) {
 	r, key := a.r, bus.EncodeToken(a.p.serverID)
-	if h := r.localHolding(a.p.serverID); h != nil {
+	swept := r.swept()
+	if h := r.localHolding(a.p.serverID); h != nil && swept {
 		return entry{Node: r.bus.Node(), Session: h.session}, nil
 	}
-	if a.err == nil {
+	if a.err == nil && swept {
 		if rec, err := r.presence.get(ctx, key); err == nil {
 			if e, ok := entryOf(rec); ok {
 				return e, nil

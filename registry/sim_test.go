@@ -384,6 +384,11 @@ func (w *simWorld) do(s step) {
 				for _, n := range everybody { // not all at once
 					w.fault(step{Do: "late", Node: s.Node}, w.net.upTo(3*time.Second), []*simNode{n}, false,
 						func() { n.port.setState(portAway) }, func() { n.port.setState(portLinked) })
+					w.spawn(func() { // and those who lost their connections meanwhile are there at once
+						w.sleep(w.net.upTo(3 * time.Second))
+						w.dial(n, serverID)
+						w.claim(n, serverID)
+					})
 				}
 			})
 	case "wipe":
@@ -448,7 +453,7 @@ func (w *simWorld) split(s step, n *simNode) {
 			w.cluster.mu.Lock()
 			w.cluster.splitAt = time.Now()
 			if s.A {
-				w.cluster.oldLeads = time.Now().Add(12500*time.Millisecond + w.net.upTo(4*time.Second))
+				w.cluster.oldLeads = time.Now().Add(12500*time.Millisecond + w.net.upTo(20*time.Second))
 			}
 			w.cluster.mu.Unlock()
 			if s.A {
@@ -457,6 +462,7 @@ func (w *simWorld) split(s step, n *simNode) {
 			w.net.mu.Lock()
 			w.net.split, w.net.closed = true, s.B
 			w.net.minority = map[bus.NodeID]bool{n.port.id: true}
+			w.net.changedLocked()
 			w.net.mu.Unlock()
 		},
 		func() {
@@ -465,6 +471,7 @@ func (w *simWorld) split(s step, n *simNode) {
 			w.cluster.mu.Unlock()
 			w.net.mu.Lock()
 			w.net.split = false
+			w.net.changedLocked()
 			w.net.mu.Unlock()
 			n.port.disturb()
 		})
@@ -483,12 +490,14 @@ func (w *simWorld) move(s step, n *simNode) {
 		func() {
 			w.net.mu.Lock()
 			w.net.minority[n.port.id] = true
+			w.net.changedLocked()
 			w.net.mu.Unlock()
 			n.port.disturb()
 		},
 		func() {
 			w.net.mu.Lock()
 			delete(w.net.minority, n.port.id)
+			w.net.changedLocked()
 			w.net.mu.Unlock()
 			n.port.disturb()
 		})
@@ -637,10 +646,11 @@ func (w *simWorld) checkDecisionLocked(n *simNode, err error) {
 	if !errors.Is(err, ErrNoServer) {
 		return // a conflict has its pong
 	}
-	for _, cut := range n.cuts {
-		if cut.to.IsZero() && time.Since(cut.from) > n.cfg.freshFor()+simDelay {
-			w.breakLocked("%s, cut off for %s, says: %v", n.port.id, time.Since(cut.from), err)
-		}
+	n.port.net.mu.Lock()
+	off := n.port.off
+	n.port.net.mu.Unlock()
+	if !off.IsZero() && time.Since(off) > n.cfg.freshFor()+simDelay {
+		w.breakLocked("%s, cut off for %s, says: %v", n.port.id, time.Since(off), err)
 	}
 }
 
@@ -662,14 +672,8 @@ func (w *simWorld) checkTakeoverLocked(b *simBinary) {
 		if old.session != before.e.Session || old.mute || old.muted.After(b.called) || old.at.dead || !old.gone.IsZero() && old.gone.Before(at) {
 			continue
 		}
-		silent := 0
-		for _, heard := range b.at.port.deaf[old.at.port.id] {
-			if !heard.Before(b.called) {
-				silent++
-			}
-		}
 		leaseGone := !w.nodesKV.truth(string(old.at.port.id)).exists && b.at.unbrokenFor() >= b.at.cfg.LeaseTTL
-		if silent < 2 && !leaseGone {
+		if b.at.port.deafTo(old.at.port.id, b.called) < 2 && !leaseGone {
 			w.breakLocked("%s took %s from %s, which is alive, on %s", b.id, b.serverID, old.id, old.at.port.id)
 		}
 	}

@@ -43,7 +43,8 @@ type simPort struct {
 
 	// Guarded by net.mu.
 	state     portState
-	subject   string // up to its wildcard
+	off       time.Time // since when it has no way to a majority; zero: it has
+	subject   string    // up to its wildcard
 	inbox     chan simMsg
 	answers   map[string]chan *nats.Msg
 	disturbed []func()
@@ -88,6 +89,18 @@ func (n *simNet) openLocked(p, q *simPort) bool {
 	return p.state == portLinked && q.state == portLinked && !(n.split && n.minority[p.id] != n.minority[q.id])
 }
 
+// changedLocked notes who is cut off now.
+func (n *simNet) changedLocked() {
+	for _, p := range n.ports {
+		switch off := p.state != portLinked || n.split && n.minority[p.id]; {
+		case !off:
+			p.off = time.Time{}
+		case p.off.IsZero():
+			p.off = time.Now()
+		}
+	}
+}
+
 // setState changes p's connection, and tells its bus when it is back.
 func (p *simPort) setState(s portState) {
 	p.net.mu.Lock()
@@ -96,6 +109,7 @@ func (p *simPort) setState(s portState) {
 		s = portDead
 	}
 	p.state = s
+	p.net.changedLocked()
 	var tell []func()
 	if s == portLinked && before != portLinked {
 		tell = p.disturbed
@@ -184,6 +198,18 @@ func (n *simNet) reader(subject string) *simPort {
 		}
 	}
 	return nil
+}
+
+// deafTo counts how often NATS has said to p since t that nobody listens at node.
+func (p *simPort) deafTo(node bus.NodeID, t time.Time) (n int) {
+	p.net.mu.Lock()
+	defer p.net.mu.Unlock()
+	for _, heard := range p.deaf[node] {
+		if !heard.Before(t) {
+			n++
+		}
+	}
+	return n
 }
 
 // nodeOf is the node that reads subject: the word before the last one.

@@ -34,10 +34,15 @@ func (r *Registry) sweepLoop(ctx context.Context) {
 			r.log.Warn("bucket_missing", "error", err.Error())
 		}
 		missing = err != nil
+		start := time.Now()
 		if missing || !r.sweep(ctx) {
 			pause(ctx, leaseRetry)
 			r.sweepSoon()
+			continue
 		}
+		r.lease.mu.Lock()
+		r.lease.swept = start
+		r.lease.mu.Unlock()
 	}
 }
 
