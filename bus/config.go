@@ -16,6 +16,10 @@ const (
 	// ackDelay, so that a healthy link is never asked.
 	probeInterval = time.Second
 
+	// thawGap is how overdue a probe must be for its link to conclude that nobody has
+	// looked at the clock: the process was stopped.
+	thawGap = 2 * probeInterval
+
 	// idleAsks is how often an idle link asks, probeInterval apart, whether its other
 	// end is still there after the NATS connection was lost: the new connection's
 	// interest may take a moment to be known everywhere.

@@ -158,17 +158,28 @@ func (s *linkState) ackSoon(now time.Time) {
 
 // tick looks at the clock. It returns ErrLinkLost when nothing has been
 // acknowledged for too long, and ErrAway when the binary did not return for the
-// first frame.
+// first frame. An end that has not asked for long although it should have was
+// stopped with its process: the answer may be here, so it asks once more first.
 func (s *linkState) tick(now time.Time) error {
 	switch {
 	case s.reset:
 		return nil
+	case !s.waitingSince.IsZero() && !s.remoteEnd && now.Sub(s.nextProbe) >= thawGap:
+		s.nextProbe = now
+		s.waitingSince = later(s.waitingSince, now.Add(probeInterval-s.timeout))
 	case !s.waitingSince.IsZero() && now.Sub(s.waitingSince) >= s.timeout:
 		return ErrLinkLost
 	case !s.heldSince.IsZero() && now.Sub(s.heldSince) >= holdTimeout:
 		return ErrAway
 	}
 	return nil
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
 }
 
 // idle reports whether the clock means nothing to this end.

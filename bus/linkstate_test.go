@@ -115,6 +115,16 @@ func (e *endTest) after(d time.Duration, want error) {
 	}
 }
 
+// probesFor lets d pass with a look at the clock each second, as the pump does.
+func (e *endTest) probesFor(d time.Duration, probe string) {
+	e.Helper()
+	for ; d >= probeInterval; d -= probeInterval {
+		e.after(probeInterval, nil)
+		e.says(probe)
+	}
+	e.after(d, nil)
+}
+
 func (e *endTest) isIdle(want bool) {
 	e.Helper()
 	if got := e.st.idle(); got != want {
@@ -223,6 +233,25 @@ func TestSender_LosesTheLinkAfterTenSecondsWithoutProgress(t *testing.T) {
 	e.says("RESET 0 link lost")
 }
 
+// SIGSTOP for a minute, and SIGCONT: the answer may have come meanwhile.
+func TestSender_ThatWasStopped_AsksBeforeItGivesUp(t *testing.T) {
+	e := newEndTest(t)
+	e.send("a")
+	e.says("DATA 1 a")
+	e.after(time.Minute, nil)
+	e.says("PROBE 1")
+	e.after(probeInterval-1, nil)
+	e.after(1, ErrLinkLost)
+
+	e = newEndTest(t)
+	e.send("a")
+	e.says("DATA 1 a")
+	e.after(time.Minute, nil)
+	e.says("PROBE 1")
+	e.hearsAck(1)
+	e.isIdle(true)
+}
+
 func TestSender_SilentLinkIsNeverLost(t *testing.T) {
 	e := newEndTest(t)
 	e.send("a")
@@ -321,9 +350,8 @@ func TestCredit_IsAskedForWhenItDoesNotCome(t *testing.T) {
 	}
 	e.hearsAck(10)
 	e.says()
-	e.after(time.Second, nil)
-	e.after(9*time.Second-1, nil) // and a second since the last answer
-	e.after(1, ErrLinkLost)       // one that does not answer is
+	e.probesFor(10*time.Second-1, "PROBE 10")
+	e.after(1, ErrLinkLost) // one that does not answer is
 }
 
 // Send blocks at the window, and then nothing is queued that could wait for credit.
@@ -534,7 +562,8 @@ func TestDisturbance_MakesAWaitingEndAskAtOnce(t *testing.T) {
 	e.after(time.Millisecond, nil)
 	e.st.probeNow(e.now)
 	e.says("PROBE 1")
-	e.after(10*time.Second-time.Millisecond, ErrLinkLost) // its clock goes on
+	e.probesFor(10*time.Second-2*time.Millisecond, "PROBE 1")
+	e.after(time.Millisecond, ErrLinkLost) // its clock goes on
 }
 
 func TestDisturbance_MakesAnIdleEndAskAFewTimes(t *testing.T) {
