@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"flag"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -13,6 +14,10 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	flag.Parse()
+	if f := flag.Lookup("test.parallel"); f.Value.String() == f.DefValue {
+		_ = f.Value.Set("8") // they wait more than they work
+	}
 	os.Exit(testenv.VerifyNoLeaks(func() int {
 		return detector.Verify(func() int {
 			defer endShared()
