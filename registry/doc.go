@@ -11,14 +11,15 @@
 //     closes its binary (OnEvict with ErrDisplaced) and its phones when it is told,
 //     or at its next sweep, 5 s after its path to the KV is back at the latest.
 //   - ErrServerIDConflict is returned only after the incumbent answered a ping that
-//     was sent after the claim began.
+//     was sent after the claim began. Claims that gather for probeEvery share one.
 //   - ErrNoServer is returned only if a leader read while this node's lease was fresh
 //     found no entry, or the holder's node itself does not know the session, or that
 //     node is dead: its lease is gone (and this node's has been unbroken for a whole
 //     TTL), or nobody responded for 4 s without a break.
 //   - From the instant that ClaimServer returned nil, RegisterPhone finds the binary
 //     on every node: the session is in the tables before it is in the KV, and a
-//     replica that lags is asked no further than for a hint.
+//     replica that lags is asked no further than for a hint. A node whose lease was
+//     missing asks the leader until its next sweep: its own tables may be old.
 //   - Connected means registered: whatever happens to the KV, a binary that is
 //     connected is there again within one sweep of the KV answering.
 //   - MaxPhones holds over the cluster, because the holder has the one attach table.
@@ -84,6 +85,10 @@
 // errLost (wrong last sequence) is the only proof that a write failed. Everything
 // else, error 10164 and time-outs included, is errUnknown: read back from the leader
 // and compare the session. (docs/adr/0003, 0004)
+//
+// A revision is never used twice, not even by a bucket that was lost and made anew.
+// The sweep compares with a replica that has every write that the leader had when it
+// began.
 //
 // # Goroutines
 //

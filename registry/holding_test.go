@@ -49,6 +49,30 @@ func TestRelease_BeginsGraceThatTheKVEnds(t *testing.T) {
 	})
 }
 
+// The node dies in the grace that it began: a claim elsewhere still succeeds at once,
+// and without one the grace ends all the same.
+func TestGraceOutlivesItsNode(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		s.cfg.Grace = 4 * time.Second
+		ns := s.three()
+		returns, stays := ns[0].mustClaim("returns"), ns[0].mustClaim("stays away")
+		returns.release()
+		stays.release()
+		ns[0].kill()
+		start := time.Now()
+		s.wantHolder(ns[1].mustClaim("returns"))
+		if took := time.Since(start); took > time.Second {
+			t.Errorf("claim in the grace of a dead node took %s", took)
+		}
+		if e, ok := s.entry("stays away"); !ok || e.State != stateGrace {
+			t.Errorf("entry: got %+v (%v), want grace", e, ok)
+		}
+		eventually(t, s.cfg.Grace+3*time.Second, "end of the grace", func() bool { _, ok := s.entry("stays away"); return !ok })
+		_, err := ns[2].dial("stays away")
+		wantErr(t, "dial after the grace", err, ErrNoServer)
+	})
+}
+
 func TestRelease_OfWhoDoesNotHold_DoesNothing(t *testing.T) {
 	onBoth(t, func(t *testing.T, s *scene) {
 		n := s.node()

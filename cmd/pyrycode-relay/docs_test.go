@@ -93,6 +93,36 @@ func TestDocuments_LinksLeadSomewhere(t *testing.T) {
 	}
 }
 
+// Every test that a guarantee names is there.
+func TestGuarantees_AreHeldByTests(t *testing.T) {
+	there := make(map[string]bool)
+	declared := regexp.MustCompile(`(?m)^func (Test\w+)\(t \*testing\.T\)`)
+	for _, room := range []string{"bus", "registry", "gateway", "cmd/pyrycode-relay"} {
+		files, err := filepath.Glob(filepath.Join(repository, room, "*_test.go"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, m := range declared.FindAllSubmatch(text, -1) {
+				there[string(m[1])] = true
+			}
+		}
+	}
+	named := regexp.MustCompile("`(Test\\w+)`").FindAllStringSubmatch(string(readShipped(t, "docs/guarantees.md")), -1)
+	if len(named) == 0 {
+		t.Error("no test is named")
+	}
+	for _, m := range named {
+		if !there[m[1]] {
+			t.Errorf("docs/guarantees.md names %s, which is not there", m[1])
+		}
+	}
+}
+
 // Every event that the code logs stands in docs/operations.md with its level and
 // its fields, and no other does.
 func TestOperations_EventsAreThoseOfTheCode(t *testing.T) {
