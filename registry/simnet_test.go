@@ -86,7 +86,7 @@ func (n *simNet) chance(percent int) bool {
 
 // openLocked reports whether messages pass from p to q now.
 func (n *simNet) openLocked(p, q *simPort) bool {
-	return p.state == portLinked && q.state == portLinked && !(n.split && n.minority[p.id] != n.minority[q.id])
+	return p.state == portLinked && q.state == portLinked && (!n.split || n.minority[p.id] == n.minority[q.id])
 }
 
 // changedLocked notes who is cut off now.
@@ -225,7 +225,7 @@ func (p *simPort) Request(ctx context.Context, subject string, data []byte) (*na
 	p.answers[number] = answer
 	to := p.net.reader(subject)
 	known := to != nil && (to.state == portLinked || to.state == portHeld) &&
-		!(p.net.split && p.net.closed && p.net.minority[p.id] != p.net.minority[to.id])
+		(!p.net.split || !p.net.closed || p.net.minority[p.id] == p.net.minority[to.id])
 	deaf := p.state == portLinked && !known
 	if deaf && strings.HasSuffix(subject, ".node") {
 		p.deaf[nodeOf(subject)] = append(p.deaf[nodeOf(subject)], time.Now())
