@@ -460,6 +460,7 @@ func TestGrace_NewPhone_LeavesAgain(t *testing.T) {
 		if err := p.Close(1000, ""); err != nil {
 			t.Fatal(err)
 		}
+		phones.wantEvent("phone_unregistered", nil) // the echo comes before
 		stays := phones.phone(id)
 		stays.send("2")
 		b := binaries.binary(id)

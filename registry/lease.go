@@ -204,7 +204,7 @@ func (r *Registry) leaseGone(ctx context.Context, node bus.NodeID) bool {
 }
 
 // askNode finds out, for a claim, whether node is there: it answers, or nobody
-// does twice with deadCheckWait between, or its lease is gone.
+// does twice with deadCheckWait between, while the KV answers, or its lease is gone.
 func (r *Registry) askNode(ctx context.Context, node bus.NodeID) nodeState {
 	for try := 0; ; try++ {
 		err := r.bus.Hello(ctx, node)
@@ -220,6 +220,9 @@ func (r *Registry) askNode(ctx context.Context, node bus.NodeID) nodeState {
 		}
 		if !pause(ctx, deadCheckWait) {
 			return nodeUnknown
+		}
+		if _, err := r.nodes.getLeader(ctx, string(node)); err != nil {
+			return nodeUnknown // this node's own server may have lost the others, and then all are silent
 		}
 	}
 }
