@@ -161,6 +161,7 @@ func TestDial_SettingThatCannotWork_IsNamed(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer taken.Close() //nolint:errcheck // nothing depends on it
+	t.Setenv("TMPDIR", t.TempDir()) // other packages' tests make such stores at the same time
 	before := tempStores(t)
 	for name, c := range map[string]struct {
 		cfg  ConnConfig
