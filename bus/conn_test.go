@@ -160,7 +160,7 @@ func TestDial_SettingThatCannotWork_IsNamed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer taken.Close() //nolint:errcheck // nothing depends on it
+	defer taken.Close()             //nolint:errcheck // nothing depends on it
 	t.Setenv("TMPDIR", t.TempDir()) // other packages' tests make such stores at the same time
 	before := tempStores(t)
 	for name, c := range map[string]struct {
