@@ -15,7 +15,7 @@ func BenchmarkCodec(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		m.putHeader(buf)
-		if _, err := decode(buf); err != nil {
+		if _, err := decode(buf, spoken); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -27,7 +27,7 @@ func TestCodec_AllocatesNothing(t *testing.T) {
 	m := Message{Kind: KindData, Session: NewSessionID()}
 	if n := testing.AllocsPerRun(100, func() {
 		m.putHeader(buf)
-		if _, err := decode(buf); err != nil {
+		if _, err := decode(buf, spoken); err != nil {
 			t.Fatal(err)
 		}
 	}); n > 0 {

@@ -36,13 +36,14 @@ type Handler interface {
 // concurrently.
 type Bus struct {
 	// Static after Start.
-	node    NodeID
-	cfg     Config
-	conn    *Conn // nil over another transport
-	net     Transport
-	log     *slog.Logger
-	handler Handler
-	silence func() // ends the subscription
+	node     NodeID
+	cfg      Config
+	versions Versions // that this node speaks
+	conn     *Conn    // nil over another transport
+	net      Transport
+	log      *slog.Logger
+	handler  Handler
+	silence  func() // ends the subscription
 
 	mu    sync.RWMutex
 	links map[linkKey]linkEntry
@@ -105,7 +106,7 @@ func NewOver(net Transport, node NodeID, cfg Config, log *slog.Logger) *Bus {
 	ctx, cancel := context.WithCancel(context.Background())
 	stop := make(chan struct{})
 	return &Bus{
-		node: node, cfg: cfg.withDefaults(), net: net, log: EventLogger(log),
+		node: node, cfg: cfg.withDefaults(), versions: spoken, net: net, log: EventLogger(log),
 		links: make(map[linkKey]linkEntry),
 		nodes: make(map[NodeID]int),
 		timed: make(map[*Link]struct{}),
@@ -120,6 +121,9 @@ func (b *Bus) Node() NodeID { return b.node }
 
 // Conn is the NATS connection of the bus; nil if it runs over another transport.
 func (b *Bus) Conn() *Conn { return b.conn }
+
+// Versions are those of the link protocol that this node speaks.
+func (b *Bus) Versions() Versions { return b.versions }
 
 // Connected reports whether the transport is up.
 func (b *Bus) Connected() bool { return b.net.Connected() }
@@ -195,7 +199,7 @@ func (b *Bus) Open(ctx context.Context, l *Link, node NodeID, session SessionID)
 	l.bindLocked(newLinkID(), node, session, topicServer)
 	b.register(l.key(), l, node)
 	m := Message{
-		Kind: KindOpen, Link: l.id, Session: session,
+		Kind: KindOpen, Link: l.id, Session: session, Seq: b.versions.offer(),
 		Credit: l.st.granted, Payload: joinOpen(b.node, l.connID),
 	}
 	subject := l.subject
@@ -215,7 +219,7 @@ func (b *Bus) Open(ctx context.Context, l *Link, node NodeID, session SessionID)
 		}
 		return err
 	}
-	l.peer = peer
+	l.peer, l.version = peer, uint8(answer.Seq) //nolint:gosec // accept: a version
 	if answer.Reason != flagGrace {
 		l.st.open(answer.Credit)
 	}
@@ -241,8 +245,12 @@ func (b *Bus) askToOpen(ctx context.Context, l *Link, subject string, m Message)
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
 	answer, err = b.request(ctx, subject, m)
-	if err == nil && answer.Kind != KindAccept && answer.Kind != KindRefuse {
+	switch {
+	case err != nil, answer.Kind == KindRefuse:
+	case answer.Kind != KindAccept:
 		err = fmt.Errorf("%w: answer %s to OPEN", errMalformed, answer.Kind)
+	case !b.versions.agrees(answer.Seq):
+		err = fmt.Errorf("%w: ACCEPT with a version that was not offered", errMalformed)
 	}
 	if err != nil && !errors.Is(err, ErrNoResponders) {
 		m.Kind, m.Reason, m.Payload = KindReset, reasonLinkLost, nil
@@ -262,15 +270,21 @@ func (b *Bus) accept(token string, m Message, from NodeID, other *Link) (answer 
 		answer.Reason, _ = reasonOf(ErrNoSession)
 		return answer, nil
 	}
+	v := b.versions.Common(offered(m.Seq))
+	if v == 0 {
+		answer.Reason, _ = reasonOf(ErrVersion)
+		return answer, nil
+	}
 	l = b.newLink(binarySide, serverID, connID, nil)
 	l.bindLocked(m.Link, from, m.Session, topicPhone)
+	l.version = v
 	l.peer = other
 	recv, grace, err := b.handler.Open(l)
 	if err != nil {
 		answer.Reason, answer.Payload = reasonOf(err)
 		return answer, nil
 	}
-	answer.Kind = KindAccept
+	answer.Kind, answer.Seq = KindAccept, uint64(v)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.recv = recv
@@ -326,7 +340,7 @@ func (b *Bus) request(ctx context.Context, subject string, m Message) (Message, 
 	if err != nil {
 		return Message{}, err
 	}
-	return decode(answer.Data)
+	return decode(answer.Data, b.versions)
 }
 
 // LinkedNodes lists the other nodes that links of this one lead to.

@@ -38,6 +38,10 @@ const (
 	//                                          (protocol.md: Life of a claim, 3)
 	holdTimeout = 8 * time.Second
 
+	// pauseTimeout is how long Send may block: nothing of a phone's socket is read
+	// meanwhile, its pings neither, and shipped phones wait 20 and 30 s for a pong.
+	pauseTimeout = 15 * time.Second
+
 	// pumpBatch is how many bytes one link may publish before the next has its
 	// turn, so that 4 MiB for one phone do not delay 200 bytes for another.
 	pumpBatch = 64 << 10

@@ -18,7 +18,7 @@ func (b *Bus) dispatch(msg *nats.Msg) {
 		b.malformed.Add(1)
 		return
 	}
-	m, err := decode(msg.Data)
+	m, err := decode(msg.Data, b.versions)
 	if err != nil {
 		b.malformed.Add(1)
 		return

@@ -30,6 +30,9 @@ var (
 	ErrNoSession = errors.New("no such session")
 	// ErrTooManyPhones is returned when the session has no room for a phone.
 	ErrTooManyPhones = errors.New("too many phones")
+	// ErrVersion is returned when two nodes have no version of the link protocol in
+	// common: their releases are too far apart.
+	ErrVersion = errors.New("no common version of the link protocol")
 	// ErrClosed is returned by calls on a link that has ended or is ending.
 	ErrClosed = errors.New("link closed")
 	// ErrNoResponders is returned when nobody listens on a node's subject: the

@@ -1,6 +1,7 @@
 package bus
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -21,13 +22,14 @@ import (
 //
 // Every message starts with this header, big endian:
 //
-//	 0  version   u8   version
+//	 0  version   u8   the link's, or handshakeVersion (version.go)
 //	 1  kind      u8   Kind
 //	 2  reason    u8   Reason, in REFUSE, CLOSE and RESET; flags in ACCEPT and ACK
 //	 3  link      u64  LinkID, chosen by A anew for each OPEN
 //	11  session   16 B SessionID of the binary connection the link is bound to
 //	27  seq       u64  DATA, CLOSE: number. PROBE: highest number sent. ACK: the
-//	                   lowest number missing, when a gap was seen, else 0
+//	                   lowest number missing, when a gap was seen, else 0. OPEN:
+//	                   versions that A speaks. ACCEPT: version of the link
 //	35  ack       u64  every number up to here has arrived in order
 //	43  credit    u64  the receiver takes this many bytes in all (frame bytes
 //	                   plus frameOverhead each), counted from the link's start
@@ -38,16 +40,13 @@ import (
 // answer from a node that does not know the link.
 //
 // ack and credit only grow, so a message that comes late or twice does no harm.
-const (
-	version = 1
 
-	// Headroom is how many bytes the header takes in front of a payload.
-	// Whoever passes a frame to Link.Send leaves them free.
-	Headroom = 51
-)
+// Headroom is how many bytes the header takes in front of a payload. Whoever passes
+// a frame to Link.Send leaves them free.
+const Headroom = 51
 
-// errMalformed is returned when a message cannot have come from a relay of this
-// version. It is counted and dropped, never answered.
+// errMalformed is returned when a message cannot have come from a relay that this
+// one works with. It is counted and dropped, never answered.
 var errMalformed = errors.New("malformed message")
 
 // Kind says what a message is.
@@ -105,6 +104,7 @@ var reasons = map[Reason]error{
 	9:  ErrNoSession,
 	10: ErrTooManyPhones,
 	// 11 had a meaning once and gets no other one.
+	12: ErrVersion,
 }
 
 // reasonOf gives the byte and the payload that carry err. What has no byte of
@@ -137,6 +137,7 @@ func errorOf(r Reason, payload []byte) error {
 
 // Message is one message between nodes.
 type Message struct {
+	Version uint8 // of its link; 0: handshakeVersion
 	Kind    Kind
 	Reason  Reason
 	Link    LinkID
@@ -150,7 +151,7 @@ type Message struct {
 // putHeader writes m's header to p, which has Headroom bytes.
 func (m *Message) putHeader(p []byte) {
 	_ = p[Headroom-1]
-	p[0] = version
+	p[0] = cmp.Or(m.Version, handshakeVersion)
 	p[1] = byte(m.Kind)
 	p[2] = byte(m.Reason)
 	binary.BigEndian.PutUint64(p[3:], uint64(m.Link))
@@ -168,16 +169,17 @@ func (m *Message) encode() []byte {
 	return p
 }
 
-// decode takes a message apart. The payload aliases p. The error is
-// errMalformed, with what is wrong and never with what p holds.
-func decode(p []byte) (Message, error) {
+// decode takes a message apart, for a node that speaks s. The payload aliases p. The
+// error is errMalformed, with what is wrong and never with what p holds.
+func decode(p []byte, s Versions) (Message, error) {
 	if len(p) < Headroom {
 		return Message{}, fmt.Errorf("%w: %d bytes, want at least %d", errMalformed, len(p), Headroom)
 	}
-	if p[0] != version {
-		return Message{}, fmt.Errorf("%w: version %d, want %d", errMalformed, p[0], version)
+	if !s.decodes(p[0]) {
+		return Message{}, fmt.Errorf("%w: version %d", errMalformed, p[0])
 	}
 	m := Message{
+		Version: p[0],
 		Kind:    Kind(p[1]),
 		Reason:  Reason(p[2]),
 		Link:    LinkID(binary.BigEndian.Uint64(p[3:])),

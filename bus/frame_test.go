@@ -13,10 +13,10 @@ import (
 func TestMessages_RoundTrip(t *testing.T) {
 	for kind := KindOpen; kind <= KindTaken; kind++ {
 		want := Message{
-			Kind: kind, Reason: 0xa5, Link: 1<<63 + 2, Session: NewSessionID(),
+			Version: 1, Kind: kind, Reason: 0xa5, Link: 1<<63 + 2, Session: NewSessionID(),
 			Seq: 1<<62 + 3, Ack: 4, Credit: ^uint64(0), Payload: []byte(kind.String()),
 		}
-		got, err := decode(want.encode())
+		got, err := decode(want.encode(), spoken)
 		if err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("%s: got %+v, %v, want %+v", kind, got, err, want)
 		}
@@ -53,12 +53,12 @@ func TestDecode_RefusesWhatNoRelaySends(t *testing.T) {
 		"short":             good[:Headroom-1],
 		"version 0":         append([]byte{0}, good[1:]...),
 		"version 2":         append([]byte{2}, good[1:]...),
-		"kind 0":            append([]byte{version, 0}, good[2:]...),
-		"kind after TAKEN":  append([]byte{version, byte(KindTaken) + 1}, good[2:]...),
+		"kind 0":            append([]byte{handshakeVersion, 0}, good[2:]...),
+		"kind after TAKEN":  append([]byte{handshakeVersion, byte(KindTaken) + 1}, good[2:]...),
 		"text":              []byte(strings.Repeat("{", 100)),
 		"the highest bytes": bytes.Repeat([]byte{0xff}, 100),
 	} {
-		if m, err := decode(p); !errors.Is(err, errMalformed) {
+		if m, err := decode(p, spoken); !errors.Is(err, errMalformed) {
 			t.Errorf("%s: got %+v, %v, want errMalformed", name, m, err)
 		}
 	}
@@ -70,7 +70,7 @@ func FuzzDecode(f *testing.F) {
 	f.Add((&Message{Kind: KindData, Seq: 1, Payload: []byte(`{"a":1}`)}).encode())
 	f.Add((&Message{Kind: KindClose, Reason: ReasonCode, Payload: []byte{3, 0xe8}}).encode())
 	f.Fuzz(func(t *testing.T, p []byte) {
-		m, err := decode(p)
+		m, err := decode(p, spoken)
 		if err != nil {
 			if !errors.Is(err, errMalformed) {
 				t.Errorf("error %v", err)
@@ -89,7 +89,7 @@ func FuzzDecode(f *testing.F) {
 func TestReasons_RoundTrip(t *testing.T) {
 	travel := map[error]Reason{
 		ErrLinkLost: 2, ErrNodeGone: 3, ErrReclaimed: 4, ErrMoved: 5, ErrAway: 6, ErrGraceOver: 7,
-		ErrBacklog: 8, ErrNoSession: 9, ErrTooManyPhones: 10,
+		ErrBacklog: 8, ErrNoSession: 9, ErrTooManyPhones: 10, ErrVersion: 12,
 		CodeError(0): ReasonCode, CodeError(1000): ReasonCode, CodeError(4401): ReasonCode, CodeError(65535): ReasonCode,
 	}
 	for want, number := range travel {
@@ -109,7 +109,7 @@ func TestReasons_RoundTrip(t *testing.T) {
 	for _, c := range []struct {
 		reason  Reason
 		payload string
-	}{{0, ""}, {1, ""}, {1, "\x03"}, {1, "\x03\xe8\x00"}, {11, ""}, {12, ""}, {0x80, ""}, {255, ""}} {
+	}{{0, ""}, {1, ""}, {1, "\x03"}, {1, "\x03\xe8\x00"}, {11, ""}, {13, ""}, {0x80, ""}, {255, ""}} {
 		if got := errorOf(c.reason, []byte(c.payload)); got != ErrLinkLost { //nolint:errorlint // the value itself
 			t.Errorf("reason %d %x is %v, want ErrLinkLost", c.reason, c.payload, got)
 		}

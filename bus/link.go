@@ -59,6 +59,7 @@ type Link struct {
 	id         LinkID
 	node       NodeID
 	session    SessionID
+	version    uint8 // of what the two ends say; set with the ACCEPT
 	subject    string
 	peer       *Link // the other end, if it is on this node
 	opening    bool  // Bus.Open is under way: nothing is sent, and the phone's end takes nothing
@@ -100,11 +101,15 @@ func (l *Link) Session() SessionID {
 
 // Send queues one frame, whose first Headroom bytes are free for the link's use,
 // and blocks while a window's worth is waiting or on its way. The buffer belongs
-// to the link from then on. It returns ErrClosed when the link has ended.
+// to the link from then on. It returns ErrClosed when the link has ended. When it
+// has blocked for pauseTimeout it ends the link on both sides with ErrLinkLost,
+// which the receiver is told, and returns that.
 func (l *Link) Send(buf []byte) error {
 	l.mu.Lock()
-	for !l.ended && l.st.full() {
-		l.writable.Wait()
+	if !l.waitLocked() {
+		l.mu.Unlock()
+		l.Fail(ErrLinkLost)
+		return ErrLinkLost
 	}
 	if l.ended {
 		l.mu.Unlock()
@@ -115,6 +120,28 @@ func (l *Link) Send(buf []byte) error {
 	l.mu.Unlock()
 	l.kick()
 	return nil
+}
+
+// waitLocked waits until there is room for a frame, or the link has ended. It returns
+// false when that takes too long. l.mu is held, and released meanwhile.
+func (l *Link) waitLocked() bool {
+	if l.ended || !l.st.full() {
+		return true
+	}
+	late := false
+	defer time.AfterFunc(pauseTimeout, func() {
+		l.mu.Lock()
+		late = true
+		l.mu.Unlock()
+		l.writable.Broadcast()
+	}).Stop()
+	for !l.ended && l.st.full() {
+		if late {
+			return false
+		}
+		l.writable.Wait()
+	}
+	return true
 }
 
 // Offer queues one frame like Send and never blocks. When more than
@@ -241,6 +268,9 @@ func (l *Link) handle(m Message) bool {
 		l.missed = true // the other end was told to start before this one
 		l.mu.Unlock()
 		return false
+	case m.Version != l.version && !m.ofHandshake():
+		l.mu.Unlock()
+		return false // no relay sends it
 	}
 	deliver, end := l.st.receive(m, time.Now())
 	switch {
@@ -318,6 +348,9 @@ func (l *Link) run(budget int) (more bool) {
 			break
 		}
 		m.Link, m.Session = l.id, l.session
+		if !m.ofHandshake() {
+			m.Version = l.version
+		}
 		peer, subject := l.peer, l.subject
 		l.mu.Unlock()
 		if peer != nil {
@@ -413,7 +446,7 @@ func (l *Link) unbindLocked() {
 // runs tellPeer, which acknowledges the other end's CLOSE, without l.mu.
 func (l *Link) leaveLocked() (tellPeer func()) {
 	ack := l.st.stamp(Message{Kind: KindAck})
-	ack.Link, ack.Session = l.id, l.session
+	ack.Version, ack.Link, ack.Session = l.version, l.id, l.session
 	peer, subject := l.peer, l.subject
 	l.st.rebind(l.bus.cfg)
 	l.unbindLocked()

@@ -86,6 +86,13 @@ func (r *receiver) consume(l *Link, n int) {
 	}
 }
 
+// taken is how many frames were consumed.
+func (r *receiver) taken() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.eaten
+}
+
 func (r *receiver) count() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -250,6 +257,11 @@ func newNATSRig(t *testing.T) *rig {
 
 func startBus(t *testing.T, url string, cfg Config) (*Bus, *holder) {
 	t.Helper()
+	return startBusSpeaking(t, url, cfg, spoken)
+}
+
+func startBusSpeaking(t *testing.T, url string, cfg Config, v Versions) (*Bus, *holder) {
+	t.Helper()
 	node := NewNodeID("gw")
 	conn, err := Dial(ConnConfig{URL: url}, node, logger)
 	if err != nil {
@@ -257,6 +269,7 @@ func startBus(t *testing.T, url string, cfg Config) (*Bus, *holder) {
 	}
 	t.Cleanup(conn.Close)
 	b, h := New(conn, node, cfg, logger), newHolder()
+	b.versions = v
 	if err := b.Start(h); err != nil {
 		t.Fatal(err)
 	}
@@ -403,6 +416,69 @@ func TestLink_ReceiverThatDoesNotConsume_BlocksSend(t *testing.T) {
 		slow.consume(b, perWindow)
 		eventually(t, "the rest arrives", func() bool { return slow.count() == 2*perWindow })
 		sent.Wait()
+	})
+}
+
+// A receiver that takes nothing holds up a sender for a time that the sender's peer
+// bears, and no longer.
+func TestLink_ReceiverThatTakesNothing_SendGivesUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHolder()
+		b := newLocalBus(t, h)
+		binary, phone := &receiver{t: t, hold: true}, &receiver{t: t}
+		h.lets(binary, false)
+		p := b.NewLink("s", "c", phone)
+		if err := b.Open(t.Context(), p, b.Node(), NewSessionID()); err != nil {
+			t.Fatal(err)
+		}
+		var err error
+		start := time.Now()
+		for err == nil {
+			start = time.Now()
+			err = p.Send(sizedFrame(1000))
+		}
+		if d := time.Since(start); d != pauseTimeout || !errors.Is(err, ErrLinkLost) {
+			t.Errorf("Send returned %v after %v, want ErrLinkLost after %v", err, d, pauseTimeout)
+		}
+		for _, recv := range []*receiver{phone, binary} {
+			if ends := recv.told(); len(ends) != 1 || !errors.Is(ends[0], ErrLinkLost) {
+				t.Errorf("ended with %v, want ErrLinkLost", ends)
+			}
+		}
+	})
+}
+
+// One that takes a little at a time is not given up.
+func TestLink_ReceiverThatIsSlow_SendGoesOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHolder()
+		b := newLocalBus(t, h)
+		slow, phone := &receiver{t: t, hold: true}, &receiver{t: t}
+		h.lets(slow, false)
+		p := b.NewLink("s", "c", phone)
+		if err := b.Open(t.Context(), p, b.Node(), NewSessionID()); err != nil {
+			t.Fatal(err)
+		}
+		const size, frames = 1000, 300
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			for range frames {
+				if err := p.Send(sizedFrame(size)); err != nil {
+					t.Errorf("Send: %v", err)
+					return
+				}
+			}
+		}()
+		perQuarter := testConfig.Window / 4 / (size + frameOverhead)
+		for slow.count() < frames {
+			time.Sleep(pauseTimeout - time.Second) //nolint:forbidigo // in a bubble
+			synctest.Wait()
+			slow.consume(h.attached()[0], min(perQuarter+1, slow.count()-slow.taken()))
+			synctest.Wait()
+		}
+		<-done
+		p.Close(CodeError(1000))
 	})
 }
 

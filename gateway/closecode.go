@@ -71,6 +71,7 @@ var codeTable = []struct {
 	{bus.ErrTooManyPhones, codeTooMany},
 	{bus.ErrClosed, codeLinkLost},
 	{bus.ErrNoResponders, codeLinkLost},
+	{bus.ErrVersion, codeLinkLost},
 	{registry.ErrNoServer, codeNoServer},
 	{registry.ErrTooManyPhones, codeTooMany},
 	{registry.ErrServerIDConflict, codeConflict},

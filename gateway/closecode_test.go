@@ -57,6 +57,7 @@ func TestCodeFor_EverySentinelIsMapped(t *testing.T) {
 		"bus.ErrTooManyPhones":         {bus.ErrTooManyPhones, 4429, "too many phones for server-id"},
 		"bus.ErrClosed":                {bus.ErrClosed, 1011, "relay link lost"},
 		"bus.ErrNoResponders":          {bus.ErrNoResponders, 1011, "relay link lost"},
+		"bus.ErrVersion":               {bus.ErrVersion, 1011, "relay link lost"},
 		"registry.ErrNoServer":         {registry.ErrNoServer, 4404, "no server with that id"},
 		"registry.ErrTooManyPhones":    {registry.ErrTooManyPhones, 4429, "too many phones for server-id"},
 		"registry.ErrServerIDConflict": {registry.ErrServerIDConflict, 4409, "server-id already claimed"},

@@ -18,10 +18,11 @@ const (
 
 // nodeEntry is the value of one key of the nodes bucket: a node's lease.
 type nodeEntry struct {
-	Version  string   `json:"version"`
-	Region   string   `json:"region,omitempty"`
-	State    string   `json:"state"`
-	Settings settings `json:"settings"`
+	Version  string       `json:"version"`
+	Protocol bus.Versions `json:"protocol"`
+	Region   string       `json:"region,omitempty"`
+	State    string       `json:"state"`
+	Settings settings     `json:"settings"`
 }
 
 // settings are the rules that must agree between the nodes of a cluster.
@@ -173,7 +174,7 @@ func (r *Registry) renewed(rev uint64, start time.Time, anew bool) {
 }
 
 func (r *Registry) nodeEntry(draining bool) nodeEntry {
-	e := nodeEntry{Version: r.cfg.Version, Region: r.cfg.Region, State: nodeReady, Settings: r.settings()}
+	e := nodeEntry{Version: r.cfg.Version, Protocol: r.bus.Versions(), Region: r.cfg.Region, State: nodeReady, Settings: r.settings()}
 	if draining {
 		e.State = nodeDraining
 	}

@@ -30,7 +30,7 @@ func TestLease_IsKeptAndGivenBack(t *testing.T) {
 		if m == nil || json.Unmarshal(m.Data, &e) != nil {
 			t.Fatalf("lease: got %+v, want a node's entry", m)
 		}
-		want := nodeEntry{Version: "v0", Region: "here", State: nodeReady, Settings: settings{Grace: "2s", LeaseTTL: "3s", MaxPhones: 16}}
+		want := nodeEntry{Version: "v0", Protocol: n.Bus().Versions(), Region: "here", State: nodeReady, Settings: settings{Grace: "2s", LeaseTTL: "3s", MaxPhones: 16}}
 		if e != want {
 			t.Errorf("lease: got %+v, want %+v", e, want)
 		}

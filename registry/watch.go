@@ -77,8 +77,8 @@ func (r *Registry) lookAtNodes(ctx context.Context) {
 	me, first := r.bus.Node(), r.bus.Node()
 	for n, e := range alive {
 		first = min(first, n)
-		if _, known := r.known[n]; !known && n != me && e.Settings != r.settings() {
-			r.log.Warn("settings_differ", "node", string(n), "theirs", e.Settings, "ours", r.settings())
+		if _, known := r.known[n]; !known && n != me {
+			r.compare(n, e)
 		}
 	}
 	for n := range r.known {
@@ -89,6 +89,16 @@ func (r *Registry) lookAtNodes(ctx context.Context) {
 	r.known = alive
 	if r.reapDue && first == me && r.unbrokenFor() >= r.cfg.LeaseTTL {
 		r.reapDue = !r.reap(ctx, alive)
+	}
+}
+
+// compare warns of another node that does not go with this one.
+func (r *Registry) compare(n bus.NodeID, e nodeEntry) {
+	if e.Settings != r.settings() {
+		r.log.Warn("settings_differ", "node", string(n), "theirs", e.Settings, "ours", r.settings())
+	}
+	if ours := r.bus.Versions(); ours.Common(e.Protocol) == 0 {
+		r.log.Warn("protocol_differs", "node", string(n), "theirs", e.Protocol, "ours", ours)
 	}
 }
 

@@ -433,7 +433,7 @@ func (c natsCluster) connect(t *testing.T, user, password string) (jetstream.Jet
 }
 
 func TestDockerfile_BuildsStaticProgramThatRunsEverywhere(t *testing.T) {
-	program := builtProgram.get(t)
+	program := builtProgram.path
 	t.Run("static", func(t *testing.T) {
 		file, err := elf.Open(program)
 		if err != nil {
@@ -495,7 +495,7 @@ func composeGatewaysMeet(t *testing.T, program string) {
 
 func TestThreeRelays_AreTheirOwnNATSCluster(t *testing.T) {
 	t.Parallel() // an election is mostly waiting
-	program := builtProgram.get(t)
+	program := builtProgram.path
 	listen := freePorts(t, 3)
 	for i, config := range threeRelayConfigs(t) {
 		startProgram(t, program, nil, "serve", "--insecure-listen", fmt.Sprintf("127.0.0.1:%d", listen[i]),

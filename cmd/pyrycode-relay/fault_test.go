@@ -53,10 +53,7 @@ const (
 
 var (
 	// natsProgram is the nats-server of the version in go.mod.
-	natsProgram = &shared[string]{
-		start: func(*testing.T) (string, error) { return buildNATS() },
-		close: func(program string) { os.RemoveAll(filepath.Dir(program)) },
-	}
+	natsProgram = &program{build: buildNATS}
 	// calmNATS is for the scenarios that leave NATS alone.
 	calmNATS = &shared[*natsTrio]{
 		start: startTrio,
@@ -113,7 +110,7 @@ type natsProcess struct {
 
 func startTrio(t *testing.T) (*natsTrio, error) {
 	t.Helper()
-	program, ports := natsProgram.get(t), freePorts(t, 9) // clients, routes, monitoring
+	program, ports := natsProgram.path, freePorts(t, 9) // clients, routes, monitoring
 	dir, err := os.MkdirTemp("", "pyrycode-relay-trio-")
 	if err != nil {
 		return nil, err
@@ -322,10 +319,11 @@ func sinceMS(t time.Time) time.Duration { return time.Since(t).Round(time.Millis
 
 // wantUnready checks that a node which decides nothing says so, and refuses before
 // the upgrade, so that clients back off.
-func wantUnready(ctx context.Context, t *testing.T, n *node, reason string) {
+func wantUnready(ctx context.Context, t *testing.T, n *node, reasons ...string) {
 	t.Helper()
-	if status, body := fetch(t, n.http+"/readyz"); status != http.StatusServiceUnavailable || !strings.Contains(body, reason) {
-		t.Errorf("/readyz: got %d %s, want 503 and %q", status, body, reason)
+	status, body := fetch(t, n.http+"/readyz")
+	if status != http.StatusServiceUnavailable || !slices.ContainsFunc(reasons, func(r string) bool { return strings.Contains(body, r) }) {
+		t.Errorf("/readyz: got %d %s, want 503 and one of %q", status, body, reasons)
 	}
 	_, phone := testenv.DialPhone(ctx, n.url, testenv.PhoneOptions{ServerID: randomUUID()})
 	_, binary := testenv.DialBinary(ctx, n.url, testenv.BinaryOptions{ServerID: randomUUID()})

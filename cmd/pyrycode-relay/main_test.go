@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"flag"
+	"fmt"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -21,6 +22,10 @@ func TestMain(m *testing.M) {
 	os.Exit(testenv.VerifyNoLeaks(func() int {
 		return detector.Verify(func() int {
 			defer endShared()
+			if err := buildPrograms(); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				return 1
+			}
 			return m.Run()
 		})
 	}))

@@ -169,7 +169,7 @@ func TestSecondSignalEndsAtOnce(t *testing.T) {
 }
 
 func TestExitCodes(t *testing.T) {
-	program := builtProgram.get(t)
+	program := builtProgram.path
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -71,18 +71,38 @@ var (
 		close: (*testenv.Cluster).Close,
 	}
 	// builtProgram is the file that the Dockerfile's build line makes.
-	builtProgram = &shared[string]{
-		start: func(*testing.T) (string, error) { return buildAsDockerfile() },
-		close: func(program string) { os.RemoveAll(filepath.Dir(program)) },
-	}
+	builtProgram = &program{build: buildAsDockerfile}
 )
+
+// program is a program that tests run.
+type program struct {
+	build func() (path string, err error) // alone in its directory
+	path  string
+}
+
+// buildPrograms builds all of them before the first test, whose clock would run
+// meanwhile: on a new machine this takes a minute.
+func buildPrograms() (err error) {
+	for _, p := range []*program{builtProgram, natsProgram} {
+		if p.path, err = p.build(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (p *program) remove() {
+	if p.path != "" {
+		os.RemoveAll(filepath.Dir(p.path))
+	}
+}
 
 func endShared() {
 	oneNATS.end()
 	threeNATS.end()
-	builtProgram.end()
+	builtProgram.remove()
 	calmNATS.end()
-	natsProgram.end()
+	natsProgram.remove()
 }
 
 var prefixCount atomic.Int64
@@ -167,7 +187,7 @@ func launchNode(t *testing.T, flags ...string) *node {
 func startProcess(t *testing.T, flags ...string) *node {
 	t.Helper()
 	n := &node{log: newLogBook(), ended: make(chan struct{})}
-	command := exec.Command(builtProgram.get(t), append([]string{"serve"}, nodeFlags(flags)...)...)
+	command := exec.Command(builtProgram.path, append([]string{"serve"}, nodeFlags(flags)...)...)
 	command.Env = append(environ(nil), "GOTRACEBACK=all")
 	command.Stdout, command.Stderr = n.log, n.log
 	if err := command.Start(); err != nil {
