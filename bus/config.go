@@ -16,6 +16,10 @@ const (
 	// ackDelay, so that a healthy link is never asked.
 	probeInterval = time.Second
 
+	// lossBurst is how many bytes a link sends again at once after a loss: a few
+	// small frames, or one large one. It doubles with each ack.
+	lossBurst = 4 << 10
+
 	// thawGap is how overdue a probe must be for its link to conclude that nobody has
 	// looked at the clock: the process was stopped.
 	thawGap = 2 * probeInterval

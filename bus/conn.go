@@ -39,6 +39,7 @@ type Conn struct {
 	srv        *server.Server
 	configured int    // servers in srv's cluster
 	tmp        string // store directory that Close removes
+	pending    int    // messages that may wait for the dispatch goroutine
 
 	connected atomic.Bool
 
@@ -50,7 +51,7 @@ type Conn struct {
 // trying in the background for ever: Connected tells. The error names a setting
 // that cannot work.
 func Dial(cfg ConnConfig, node NodeID, log *slog.Logger) (*Conn, error) {
-	c, log := &Conn{}, EventLogger(log)
+	c, log := &Conn{pending: subscriptionMessages}, EventLogger(log)
 	if cfg.Creds != "" {
 		if _, err := os.Stat(cfg.Creds); err != nil { // NATS would look for it at each attempt, and not tell
 			return nil, fmt.Errorf("NATS credential: %w", err)
@@ -212,7 +213,7 @@ func (c *Conn) Subscribe(subject string, f func(*nats.Msg)) (stop func(), err er
 	if err != nil {
 		return nil, err
 	}
-	if err := sub.SetPendingLimits(subscriptionMessages, subscriptionBytes); err != nil {
+	if err := sub.SetPendingLimits(c.pending, subscriptionBytes); err != nil {
 		return nil, err
 	}
 	done := make(chan struct{}) // f has run for the last time

@@ -257,10 +257,12 @@ func newNATSRig(t *testing.T) *rig {
 
 func startBus(t *testing.T, url string, cfg Config) (*Bus, *holder) {
 	t.Helper()
-	return startBusSpeaking(t, url, cfg, spoken)
+	return startBusOver(t, url, cfg, spoken, nil)
 }
 
-func startBusSpeaking(t *testing.T, url string, cfg Config, v Versions) (*Bus, *holder) {
+// startBusOver starts a bus that speaks v. configure, if not nil, may change its
+// connection before.
+func startBusOver(t *testing.T, url string, cfg Config, v Versions, configure func(*Conn)) (*Bus, *holder) {
 	t.Helper()
 	node := NewNodeID("gw")
 	conn, err := Dial(ConnConfig{URL: url}, node, logger)
@@ -270,6 +272,9 @@ func startBusSpeaking(t *testing.T, url string, cfg Config, v Versions) (*Bus, *
 	t.Cleanup(conn.Close)
 	b, h := New(conn, node, cfg, logger), newHolder()
 	b.versions = v
+	if configure != nil {
+		configure(conn)
+	}
 	if err := b.Start(h); err != nil {
 		t.Fatal(err)
 	}

@@ -21,8 +21,9 @@ const (
 // TestLinkStateModel runs two ends over a simulated bus that loses, duplicates,
 // delays, reorders what was under way when it restarts, and partitions. After each
 // step the invariants hold; in the end, when the bus has healed, both ends agree.
+// `make model` runs more schedules.
 func TestLinkStateModel(t *testing.T) {
-	setDefault(t, "rapid.checks", "1000")
+	setDefault(t, "rapid.checks", "10000")
 	setDefault(t, "rapid.steps", "60")
 	rapid.Check(t, func(t *rapid.T) {
 		w := newWorld(t)

@@ -26,6 +26,8 @@ type linkState struct {
 	maxSent  uint64     // the highest number ever sent
 	accepted uint64     // bytes given to send
 	offset   uint64     // bytes of everything up to sendNext-1
+	ackedTo  uint64     // bytes of everything up to acked
+	burst    uint64     // after a loss: how many bytes may be unacknowledged; 0: a window
 	sent     uint64     // bytes of everything up to maxSent
 	base     uint64     // the first credit: what it grew by since has been consumed
 	credit   uint64     // how far offset may grow
@@ -239,8 +241,11 @@ func (s *linkState) await(now time.Time) {
 	}
 }
 
-// retransmit goes back to the first unacknowledged number.
+// retransmit goes back to the first unacknowledged number. Whatever lost messages
+// has lost those of all links: if each sent a window at once it would lose them again.
+// So each begins with a little, and doubles that with each ack.
 func (s *linkState) retransmit() {
+	s.burst = lossBurst
 	for s.sendNext > s.acked+1 {
 		s.sendNext--
 		s.offset -= s.out[s.sendNext-s.acked-1].cost()
@@ -269,7 +274,7 @@ func (s *linkState) next(now time.Time) (m Message, buf []byte, ok bool) {
 	case s.remoteEnd: // nobody is left there to take anything
 	case s.sendNext <= s.lastSeq:
 		o := s.out[s.sendNext-s.acked-1]
-		if o.close || s.offset < s.credit {
+		if (o.close || s.offset < s.credit) && s.mayBurst() {
 			return s.nextNumbered(o, now), o.buf, true
 		}
 		if s.credit > 0 {
@@ -287,6 +292,11 @@ func (s *linkState) next(now time.Time) (m Message, buf []byte, ok bool) {
 		return s.stamp(Message{Kind: KindAck}), nil, true
 	}
 	return Message{}, nil, false
+}
+
+// mayBurst reports whether one more message may be unacknowledged.
+func (s *linkState) mayBurst() bool {
+	return s.burst == 0 || s.sendNext == s.acked+1 || s.offset-s.ackedTo < s.burst
 }
 
 func (s *linkState) nextNumbered(o outbound, now time.Time) Message {
@@ -407,6 +417,12 @@ func (s *linkState) acknowledge(ack uint64, now time.Time) {
 		for s.sendNext <= ack {
 			s.offset += s.out[s.sendNext-s.acked-1].cost()
 			s.sendNext++
+		}
+		for _, o := range s.out[:n] {
+			s.ackedTo += o.cost()
+		}
+		if s.burst *= 2; s.burst >= s.window {
+			s.burst = 0
 		}
 		clear(s.out[:n])
 		s.out = s.out[n:]

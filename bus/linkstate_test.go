@@ -193,6 +193,40 @@ func TestSender_GoesBackNOnAGap(t *testing.T) {
 	e.isIdle(true)
 }
 
+// All links lose at once: none floods the path that they share with a window of what
+// it sends again.
+func TestSender_BeginsWithALittleAfterALoss(t *testing.T) {
+	const window, frames = 64 << 10, 600 // of 100 bytes with their overhead
+	e := &endTest{T: t, st: newLinkState(Config{Window: window}), now: epoch}
+	e.st.open(window)
+	e.send(make([]string, frames)...)
+	sends := func() (n int) {
+		e.Helper()
+		for _, _, ok := e.st.next(e.now); ok; _, _, ok = e.st.next(e.now) {
+			n++
+		}
+		return n
+	}
+	if n := sends(); n != frames {
+		t.Fatalf("%d frames at first, want %d", n, frames)
+	}
+	e.hears(Message{Kind: KindAck, Seq: 1}, "", nil)
+	acked, bursts := uint64(0), []int{}
+	for acked < frames {
+		n := sends()
+		bursts = append(bursts, n)
+		if n == 0 {
+			t.Fatalf("it stops after %d", bursts)
+		}
+		acked += uint64(n) //nolint:gosec // small
+		e.hearsAck(acked)
+	}
+	if want := []int{41, 82, 164, 313}; !slices.Equal(bursts, want) {
+		t.Errorf("bursts of %d frames, want %d", bursts, want)
+	}
+	e.isIdle(true)
+}
+
 func TestSender_SkipsWhatWasAckedWhileItGoesBack(t *testing.T) {
 	e := newEndTest(t)
 	e.send("a", "b", "c")

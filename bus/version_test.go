@@ -106,8 +106,8 @@ func TestOpen_AcceptedInAVersionNobodyOffered(t *testing.T) {
 func newRigSpeaking(t *testing.T, phones, binaries Versions) *rig {
 	t.Helper()
 	r := &rig{T: t, session: NewSessionID(), url: startNATS(t, testenv.ServerOptions{}).URL()}
-	r.phones, r.mover = startBusSpeaking(t, r.url, testConfig, phones)
-	r.binaries, r.held = startBusSpeaking(t, r.url, testConfig, binaries)
+	r.phones, r.mover = startBusOver(t, r.url, testConfig, phones, nil)
+	r.binaries, r.held = startBusOver(t, r.url, testConfig, binaries, nil)
 	r.waitConnected()
 	return r
 }
