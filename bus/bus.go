@@ -197,9 +197,10 @@ func (b *Bus) Open(ctx context.Context, l *Link, node NodeID, session SessionID)
 		return ErrClosed
 	}
 	l.bindLocked(newLinkID(), node, session, topicServer)
+	l.attempt++
 	b.register(l.key(), l, node)
 	m := Message{
-		Kind: KindOpen, Link: l.id, Session: session, Seq: b.versions.offer(),
+		Kind: KindOpen, Link: l.id, Session: session, Seq: b.versions.offer(), Ack: l.attempt,
 		Credit: l.st.granted, Payload: joinOpen(b.node, l.connID),
 	}
 	subject := l.subject
@@ -277,7 +278,7 @@ func (b *Bus) accept(token string, m Message, from NodeID, other *Link) (answer 
 	}
 	l = b.newLink(binarySide, serverID, connID, nil)
 	l.bindLocked(m.Link, from, m.Session, topicPhone)
-	l.version = v
+	l.version, l.attempt = v, m.Ack
 	l.peer = other
 	recv, grace, err := b.handler.Open(l)
 	if err != nil {

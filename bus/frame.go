@@ -30,7 +30,8 @@ import (
 //	27  seq       u64  DATA, CLOSE: number. PROBE: highest number sent. ACK: the
 //	                   lowest number missing, when a gap was seen, else 0. OPEN:
 //	                   versions that A speaks. ACCEPT: version of the link
-//	35  ack       u64  every number up to here has arrived in order
+//	35  ack       u64  every number up to here has arrived in order. OPEN: how
+//	                   often the phone has asked, this time included
 //	43  credit    u64  the receiver takes this many bytes in all (frame bytes
 //	                   plus frameOverhead each), counted from the link's start
 //	51  payload        DATA: one frame. OPEN: u8 length of A's node id, node id,

@@ -59,7 +59,8 @@ type Link struct {
 	id         LinkID
 	node       NodeID
 	session    SessionID
-	version    uint8 // of what the two ends say; set with the ACCEPT
+	version    uint8  // of what the two ends say; set with the ACCEPT
+	attempt    uint64 // the phone's end: how often it was opened; the binary's: in which attempt
 	subject    string
 	peer       *Link // the other end, if it is on this node
 	opening    bool  // Bus.Open is under way: nothing is sent, and the phone's end takes nothing
@@ -90,6 +91,18 @@ func (l *Link) Node() NodeID {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.node
+}
+
+// After reports whether l is a later attempt than other to open the link of one
+// phone: then nothing of other is in use.
+func (l *Link) After(other *Link) bool {
+	return l.connID == other.connID && l.attempts() > other.attempts()
+}
+
+func (l *Link) attempts() uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.attempt
 }
 
 // Session is the session that the link is bound to; zero while it is not.
@@ -272,6 +285,7 @@ func (l *Link) handle(m Message) bool {
 		l.mu.Unlock()
 		return false // no relay sends it
 	}
+	unheard := l.side == binarySide && !l.st.heard
 	deliver, end := l.st.receive(m, time.Now())
 	switch {
 	case errors.Is(end, errViolation):
@@ -288,6 +302,12 @@ func (l *Link) handle(m Message) bool {
 	silent := l.ended
 	if end != nil {
 		l.endLocked()
+	}
+	if unheard && m.Kind == KindReset && !silent { // the phone's end gave this attempt up
+		l.mu.Unlock()
+		l.tellHandler()
+		l.kick()
+		return true
 	}
 	l.delivering = deliver != nil && !silent
 	l.writable.Broadcast()

@@ -50,6 +50,7 @@ type linkState struct {
 	gap       bool // a later number came first
 	gapTold   bool
 	remoteEnd bool // a CLOSE has been received
+	heard     bool // anything but a RESET has
 
 	reset      bool // lost: nothing but RESET is sent
 	resetCause error
@@ -363,7 +364,7 @@ func (s *linkState) receive(m Message, now time.Time) (deliver []byte, end error
 	if m.Ack > s.maxSent || m.Credit > s.credit && m.Credit-s.base > s.sent {
 		return nil, errViolation // for what was never sent
 	}
-	s.asks = 0
+	s.asks, s.heard = 0, true
 	s.acknowledge(m.Ack, now)
 	s.credit = max(s.credit, m.Credit)
 	switch m.Kind {

@@ -226,7 +226,9 @@ func (b *binary) handle(msg []byte) {
 func (b *binary) forget(l *bus.Link) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	delete(b.phones, l.ConnID())
+	if b.phones[l.ConnID()] == l {
+		delete(b.phones, l.ConnID())
+	}
 }
 
 // drop counts a message that goes nowhere, and logs the first of each kind.

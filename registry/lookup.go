@@ -194,21 +194,42 @@ func (r *Registry) localHolding(serverID string) *holding {
 	return r.current[serverID]
 }
 
-// Open implements bus.Handler: the attach table of the holder decides.
+// Open implements bus.Handler: the attach table of the holder decides. A phone whose
+// node did not hear the answer asks again, and must not find itself in the way.
 func (r *Registry) Open(l *bus.Link) (bus.Receiver, bool, error) {
+	recv, inGrace, before, err := r.open(l)
+	if before != nil {
+		before.Close(bus.ErrLinkLost)
+	}
+	return recv, inGrace, err
+}
+
+// open is Open without the close of before, an earlier attempt of the same phone that
+// is off the table.
+func (r *Registry) open(l *bus.Link) (recv bus.Receiver, inGrace bool, before *bus.Link, err error) {
 	session := l.Session()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	h := r.sessions[session]
-	switch {
-	case h == nil || h.serverID != l.ServerID() || h.state == over:
-		return nil, false, bus.ErrNoSession
-	case len(h.links) >= r.cfg.MaxPhones:
-		return nil, false, bus.ErrTooManyPhones
+	if h == nil || h.serverID != l.ServerID() || h.state == over {
+		return nil, false, nil, bus.ErrNoSession
 	}
-	inGrace := h.state == grace
+	for other := range h.links {
+		switch {
+		case other.ConnID() != l.ConnID():
+		case !l.After(other):
+			return nil, false, nil, bus.ErrNoSession // it came late: the phone has asked again since
+		default:
+			before = other
+			delete(h.links, other)
+		}
+	}
+	if len(h.links) >= r.cfg.MaxPhones {
+		return nil, false, before, bus.ErrTooManyPhones
+	}
+	inGrace = h.state == grace
 	h.links[l] = inGrace
-	return h.opts.recv, inGrace, nil
+	return h.opts.recv, inGrace, before, nil
 }
 
 // Ended implements bus.Handler.
