@@ -45,7 +45,7 @@ func (g *Gateway) serveClient(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	p := g.newPhone(h, addr)
-	sock, err := upgrade(w, r, &g.cfg, func() error {
+	sock, err := upgrade(w, r, &p.conn, func() error {
 		p.decision = g.reg.RegisterPhone(h.serverID, p, registry.WithLink(p.link))
 		if p.decision == nil || errors.Is(p.decision, registry.ErrNoServer) || errors.Is(p.decision, registry.ErrTooManyPhones) {
 			return nil
@@ -127,7 +127,9 @@ func (p *phone) handle(msg []byte) {
 }
 
 // Deliver implements bus.Receiver: one frame of the binary.
-func (p *phone) Deliver(l *bus.Link, frame []byte) { p.out.put(message{frame, l}) }
+func (p *phone) Deliver(l *bus.Link, frame []byte) {
+	_ = p.out.put(message{frame, l}) // fails when the phone has gone
+}
 
 // End implements bus.Receiver.
 func (p *phone) End(_ *bus.Link, err error) { p.closeAs(codeFor(err)) }

@@ -70,6 +70,13 @@ const (
 	// link may carry: the envelope and its token.
 	backlogSlack = 64 << 10
 
+	// noticeRoom is what the relay's own messages may take beyond that: close notices
+	// of phones that came and went while their binary read nothing.
+	noticeRoom = 1 << 20
+
+	// batchSize is how many bytes leave in one write, if they are there.
+	batchSize = 64 << 10
+
 	// messageOverhead is added to a message's length where queued bytes are counted.
 	messageOverhead = 64
 
@@ -81,9 +88,9 @@ const (
 	// was written last.
 	dropPatience = time.Second
 
-	// sendBuffer is how many bytes the kernel may hold for a peer: a window, 2.5 MB/s
-	// over a round trip of 100 ms.
-	sendBuffer = 256 << 10
+	// socketBuffer is how many bytes the kernel may hold for a peer, and from it: a
+	// window, 2.5 MB/s over a round trip of 100 ms.
+	socketBuffer = 256 << 10
 
 	// scratchSize is what a message is read into at first, and scratchKeep the
 	// largest scratch that is kept for the next message.
@@ -116,10 +123,6 @@ const (
 	// earlyOverhead is added to the length of each message that waits for a claim to
 	// be decided, so that a flood of tiny ones is bounded too.
 	earlyOverhead = 64
-
-	// pongPatience is how long a ping is kept unanswered, and nothing else read, while a
-	// message is being written: below the 5 s that the library gives a pong.
-	pongPatience = 4 * time.Second
 
 	// retryAfter is what a 503 asks for, in seconds.
 	retryAfter = 2

@@ -6,8 +6,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"github.com/pyrycode/pyrycode-relay/bus"
 )
 
 // kind of a connection; also the label of its metrics.
@@ -21,15 +19,14 @@ const (
 // conn is one connection: what phones and binaries have in common. Its run starts
 // the reader, awaits the writer, and is awaited by Gateway.Shutdown.
 type conn struct {
-	g      *Gateway
-	kind   kind
-	id     string
-	slot   int           // of the heartbeat
-	done   chan struct{} // closed when the socket has ended
-	opened chan struct{} // closed when sock is set
-	sock   *socket       // set before opened is closed
-	out    outbox
-	tasks  sync.WaitGroup // writer, pings, timers
+	g     *Gateway
+	kind  kind
+	id    string
+	slot  int           // of the heartbeat
+	done  chan struct{} // closed when the socket has ended
+	sock  *socket       // set by start
+	out   outbox
+	tasks sync.WaitGroup // writer, pings, timers
 
 	handling atomic.Bool   // the reader is in its handler
 	stalls   atomic.Uint64 // how often it was there for longer than stallTime
@@ -41,7 +38,7 @@ type conn struct {
 
 func (c *conn) init(g *Gateway, k kind, id string, onClose func(code int)) {
 	c.g, c.kind, c.id, c.onClose = g, k, id, onClose
-	c.done, c.opened = make(chan struct{}), make(chan struct{})
+	c.done = make(chan struct{})
 	c.out.conn = c
 }
 
@@ -50,10 +47,7 @@ func (c *conn) ConnID() string { return c.id }
 
 // Send queues one message. It returns bus.ErrClosed when the connection is ending.
 func (c *conn) Send(p []byte) error {
-	if !c.out.put(message{p: p}) {
-		return bus.ErrClosed
-	}
-	return nil
+	return c.out.put(message{p: p})
 }
 
 // Close closes the connection as one that the relay has no more use for.
@@ -61,7 +55,7 @@ func (c *conn) Close() { c.closeAs(closeCode{code: statusGoingAway}) }
 
 // closeAs closes the connection; the first code wins. It does not wait.
 func (c *conn) closeAs(code closeCode) {
-	if c.out.close(code, c.g.cfg.WriteTimeout) {
+	if c.out.close(code) {
 		c.onClose(code.code)
 	}
 }
@@ -69,15 +63,14 @@ func (c *conn) closeAs(code closeCode) {
 // abandon is end for a connection whose upgrade failed.
 func (c *conn) abandon() []message {
 	close(c.done)
-	left := c.out.fail()
+	c.out.fail()
 	c.tasks.Wait()
-	return left
+	return c.out.left()
 }
 
 // start gives the connection its socket.
 func (c *conn) start(s *socket) {
 	c.sock = s
-	close(c.opened)
 	c.out.open(s)
 }
 
@@ -85,36 +78,24 @@ func (c *conn) start(s *socket) {
 // connection. It returns what was never written.
 func (c *conn) end() []message {
 	close(c.done)
-	left := c.out.fail()
+	c.out.fail()
 	c.sock.drop()
 	c.tasks.Wait()
-	return left
-}
-
-// after runs f after d unless the connection ends before.
-func (c *conn) after(d time.Duration, f func()) {
-	c.tasks.Go(func() {
-		t := time.NewTimer(d)
-		defer t.Stop()
-		select {
-		case <-t.C:
-			f()
-		case <-c.done:
-		}
-	})
+	return c.out.left()
 }
 
 // ping proves that the peer is alive: nil when the pong to a ping sent now came
 // before ctx ended.
 func (c *conn) ping(ctx context.Context) error {
-	select {
-	case <-c.opened:
-		return c.sock.ping(ctx)
-	case <-c.done:
-		return bus.ErrClosed
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	n := c.out.control.ask()
+	c.out.wake()
+	return c.out.control.wait(ctx, n, c.done)
+}
+
+// pinged has a ping of the peer answered.
+func (c *conn) pinged(payload []byte) {
+	c.out.control.pinged(payload)
+	c.out.wake()
 }
 
 // heartbeat pings the peer once and closes the connection if it does not answer.

@@ -29,7 +29,7 @@
 //
 // What a phone sent is in the binary's envelopes bit for bit, in order, once, and
 // the other way round; or the phone is closed. A close never overtakes a message
-// (outbox). What can be refused before the 101 is refused there, because that is
+// (outbox). A ping is answered between two messages. What can be refused before the 101 is refused there, because that is
 // what makes a binary back off; every upgrade is answered within 5 s
 // (registry: decideTimeout). A peer that is closed gets its code unless it takes
 // nothing for the write time-out.
@@ -48,14 +48,15 @@
 // # Goroutines
 //
 // Per connection: the reader (Gateway.run), which ends last and awaits the others;
-// the outbox's writer, while there is something to write or to close; one for each
-// ping under way; one for a claim that needs a probe. Per gateway: heartbeatLoop,
+// the outbox's writer, while there is something to write, pings and pongs included, or
+// to close; one for each pong that is waited for; one for a claim that needs a probe. Per gateway: heartbeatLoop,
 // while there is a connection.
 //
 // Deliver and End run on the bus's goroutines and do not block.
 //
 // # Locks
 //
-// Gateway.mu, outbox.mu, binary.mu and wire.mu are leaves: nothing is called with
-// one of them held that takes another.
+// Gateway.mu, binary.mu, control.mu, wire.mu and wire.out are leaves: nothing is called
+// with one of them held that takes another. outbox.mu comes before control.mu. wire.out
+// alone is held across I/O.
 package gateway

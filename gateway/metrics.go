@@ -110,11 +110,11 @@ func registerGauges(g *Gateway) {
 	counter("bus_unpublished_total", "Messages that NATS did not take.", g.reg.Bus().Unpublished)
 }
 
-func (m *metrics) forwarded(to kind) {
+func (m *metrics) forwarded(to kind, frames int) {
 	if to == kindBinary {
-		m.toBinary.Inc()
+		m.toBinary.Add(float64(frames))
 	} else {
-		m.toPhone.Inc()
+		m.toPhone.Add(float64(frames))
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -278,12 +279,12 @@ func TestRoute_OrderBothWays(t *testing.T) {
 			b.wantFrame(want)
 			p.wantFrame(want)
 		}
-		if got := binaries.metric(`pyrycode_relay_frames_forwarded_total{direction="phone_to_binary"}`); got != fmt.Sprint(frames+1) {
-			t.Errorf("frames to the binary: %s, want %d", got, frames+1)
-		}
-		if got := phones.metric(`pyrycode_relay_frames_forwarded_total{direction="binary_to_phone"}`); got != fmt.Sprint(frames) {
-			t.Errorf("frames to the phone: %s, want %d", got, frames)
-		}
+		await(t, "frames to the binary are counted", func() bool {
+			return binaries.metric(`pyrycode_relay_frames_forwarded_total{direction="phone_to_binary"}`) == fmt.Sprint(frames+1)
+		})
+		await(t, "frames to the phone are counted", func() bool {
+			return phones.metric(`pyrycode_relay_frames_forwarded_total{direction="binary_to_phone"}`) == fmt.Sprint(frames)
+		})
 	})
 }
 
@@ -382,6 +383,53 @@ func TestRoute_SlowBinary_Backpressure(t *testing.T) {
 		}
 		p.send(`"last"`)
 		b.wantFrame(`"last"`)
+	})
+}
+
+// Phones that come, send and leave fill a binary that reads slowly: the phone whose
+// frame finds no room is closed, the binary is not, and it gets what it was owed.
+func TestRoute_PhonesComeAndGo_BinaryThatReadsSlowlyStays(t *testing.T) {
+	t.Parallel()
+	eachPlacement(t, func(t *testing.T, phones, binaries *node) {
+		id := newServerID()
+		b := binaries.binary(id)
+		b.Pause()
+		frame := `"` + strings.Repeat("x", 60_000) + `"`
+		came, turnedAway := 0, func() bool {
+			return slices.ContainsFunc(phones.log.all("phone_unregistered"), func(e event) bool { return e.attrs["code"] == "1011" })
+		}
+		for ; !turnedAway(); came++ {
+			if came == 500 {
+				t.Fatal("30 MB went to a binary that does not read")
+			}
+			p := phones.phone(id)
+			_ = p.Send(soon(t), []byte(frame)) // fails if the relay closes meanwhile
+			_ = p.Close(4000, "")              // as this does
+			await(t, "no phone is attached", func() bool { return len(connIDs(phones.reg, id)) == 0 })
+		}
+		b.Unpause()
+		sent := make(map[string]bool) // by phones that have not gone
+		for noticed := 0; noticed < came; {
+			e := b.next()
+			switch {
+			case !e.HasClose && string(e.Frame) == frame && !sent[e.ConnID]:
+				sent[e.ConnID] = true
+			case e.HasClose && (e.CloseCode == 4000 || !sent[e.ConnID]):
+				delete(sent, e.ConnID)
+				noticed++
+			default:
+				t.Fatalf("got %.100q, want a phone's frame and then its notice", e.Raw)
+			}
+		}
+		if len(sent) > 0 {
+			t.Errorf("%d phones have gone without a notice", len(sent))
+		}
+		await(t, "no phone is attached", func() bool { return len(connIDs(phones.reg, id)) == 0 })
+		p := phones.phone(id)
+		p.send(`"hello"`)
+		b.wantFrame(`"hello"`)
+	}, func(s *settings) {
+		s.registry.MaxPhones, s.bus.Window, s.gateway.MaxFrameBytes, s.gateway.WriteTimeout = 1, 1<<10, 64<<10, time.Minute
 	})
 }
 

@@ -57,10 +57,10 @@ func (g *Gateway) serveServer(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
-	b := &binary{serverID: h.serverID, version: h.version, addr: addr, phones: make(map[string]*bus.Link), decided: make(chan struct{})}
+	b := &binary{serverID: h.serverID, version: logText(h.version), addr: addr, phones: make(map[string]*bus.Link), decided: make(chan struct{})}
 	b.init(g, kindBinary, bus.NewConnID(h.serverID), func(int) {})
 	b.out.limit = g.reg.MaxPhones() * (g.reg.Bus().Window() + g.cfg.MaxFrameBytes + backlogSlack)
-	sock, err := upgrade(w, r, &g.cfg, func() error {
+	sock, err := upgrade(w, r, &b.conn, func() error {
 		if err := g.contended(b); err != nil {
 			return err
 		}
@@ -184,7 +184,7 @@ func (b *binary) decide(ctx context.Context) {
 	switch {
 	case err == nil:
 		b.hold()
-		b.g.log.Info("server_claimed", "server_id", logServerID(b.serverID), "binary_version", logText(b.version), "remote", b.addr)
+		b.g.log.Info("server_claimed", "server_id", logServerID(b.serverID), "binary_version", b.version, "remote", b.addr)
 		return
 	case errors.Is(err, registry.ErrServerIDConflict):
 		b.g.conflicted(b)
@@ -252,7 +252,14 @@ func (b *binary) Deliver(l *bus.Link, envelope []byte) {
 		b.phones[l.ConnID()] = l
 	}
 	b.mu.Unlock()
-	if gone || !b.out.put(message{envelope, l}) {
+	err := bus.ErrClosed
+	if !gone {
+		err = b.out.put(message{envelope, l})
+	}
+	switch {
+	case errors.Is(err, bus.ErrBacklog):
+		l.Fail(err) // the binary takes less than its phones send; it keeps the others
+	case err != nil:
 		l.Close(bus.ErrAway) // its session is in doubt
 	}
 	if l.Ended() {
@@ -265,7 +272,7 @@ func (b *binary) Deliver(l *bus.Link, envelope []byte) {
 // asked to close.                         (protocol.md: The routing envelope)
 func (b *binary) End(l *bus.Link, err error) {
 	b.forget(l)
-	b.out.put(message{p: closeNotice(l.ConnID(), noticeCode(err))})
+	_ = b.out.put(message{p: closeNotice(l.ConnID(), noticeCode(err))}) // fails when the binary has gone too
 }
 
 // evict ends a binary that lost its server-id.

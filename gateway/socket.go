@@ -17,21 +17,21 @@ import (
 // This file is the only one of the gateway that touches the WebSocket library.
 //                                                           (docs/adr/0001)
 
-// socket is one WebSocket connection. Reader and writer are one goroutine each;
-// ping and close may be called by any.
+// socket is one WebSocket connection. Reader and writer are one goroutine each; drop
+// may be called by any.
 type socket struct {
 	ws   *websocket.Conn
 	wire *wire
 }
 
 // wire is the net.Conn under a socket. It bounds each write, and each message
-// that has begun to arrive, in time; silence between messages is not bounded.
+// that has begun to arrive, in time; silence between messages is not bounded. It
+// holds back what the outbox writes until that says flush, so that many small
+// messages leave in one write.
 type wire struct {
 	net.Conn
 	writeTimeout   time.Duration
 	messageTimeout time.Duration
-
-	turn chan struct{} // holds an element while a message is being written
 
 	br *bufio.Reader // static; read by the reading goroutine, and by close's once closing is set
 
@@ -41,13 +41,77 @@ type wire struct {
 	deadline  bool      // a read deadline is set
 	inMessage bool      // between a message's header and its end
 	closing   bool      // close reads now, with a time limit of its own
+
+	// Guarded by out, which is held while something is written.
+	out     sync.Mutex
+	held    []byte // to be written by flush; nil: nothing is held back
+	writing bool   // between beginWrite and endWrite: they share a deadline
+	timed   bool   // which has been set
 }
 
+// Write implements net.Conn for the library.
 func (w *wire) Write(p []byte) (int, error) {
-	if len(w.turn) == 0 { // a message has one deadline for all its writes
+	w.out.Lock()
+	defer w.out.Unlock()
+	if w.held != nil && len(w.held)+len(p) <= cap(w.held) {
+		w.held = append(w.held, p...)
+		return len(p), nil
+	}
+	if err := w.flushLocked(); err != nil {
+		return 0, err
+	}
+	return w.send(p)
+}
+
+// send writes p. A message has one deadline for all its writes. w.out is held.
+func (w *wire) send(p []byte) (int, error) {
+	if !w.writing || !w.timed {
+		w.timed = true
 		_ = w.SetWriteDeadline(time.Now().Add(w.writeTimeout)) // fails only when closed, and then the write fails too
 	}
 	return w.Conn.Write(p)
+}
+
+// flushLocked writes what is held back. w.out is held.
+func (w *wire) flushLocked() error {
+	if len(w.held) == 0 {
+		return nil
+	}
+	p := w.held
+	w.held = w.held[:0]
+	_, err := w.send(p)
+	return err
+}
+
+// hold has writes wait for flush, as far as buf has room.
+func (w *wire) hold(buf []byte) {
+	w.out.Lock()
+	defer w.out.Unlock()
+	w.held = buf[:0]
+}
+
+// flush writes what is held back, and ends that: buf of hold is the caller's again.
+func (w *wire) flush() error {
+	w.out.Lock()
+	defer w.out.Unlock()
+	err := w.flushLocked()
+	w.held = nil
+	return err
+}
+
+func (w *wire) setWriting(writing bool) {
+	w.out.Lock()
+	defer w.out.Unlock()
+	w.writing, w.timed = writing, false
+}
+
+// Close implements net.Conn for the library, whose close frame may be held back.
+func (w *wire) Close() error {
+	if w.out.TryLock() { // else somebody is stuck in a write
+		_ = w.flushLocked() // the connection ends anyway
+		w.out.Unlock()
+	}
+	return w.Conn.Close()
 }
 
 func (w *wire) Read(p []byte) (int, error) {
@@ -66,19 +130,6 @@ func (w *wire) Read(p []byte) (int, error) {
 		w.mu.Unlock()
 	}
 	return n, err
-}
-
-// mayPong waits until no message is being written, and returns false if that takes
-// too long. The library would break the connection over a pong that it cannot write
-// within 5 s, and a message may take longer.
-func (w *wire) mayPong() bool {
-	select {
-	case w.turn <- struct{}{}:
-	case <-time.After(pongPatience):
-		return false
-	}
-	<-w.turn
-	return true
 }
 
 // begin says that a message's first header has been read.
@@ -116,16 +167,23 @@ func (w *wire) stop() {
 	_ = w.SetReadDeadline(time.Now().Add(closeTimeout))
 }
 
-// upgrade answers a WebSocket handshake. When the handshake is valid and before
-// the 101 goes out, it calls decide; if that returns a refusal, the answer is its
-// status instead. The socket has no limit on message length: the reader counts.
-func upgrade(w http.ResponseWriter, r *http.Request, cfg *Config, decide func() error) (*socket, error) {
-	u := &upgrader{ResponseWriter: w, decide: decide, cfg: cfg}
+// upgrade answers the WebSocket handshake of c. When it is valid and before the 101
+// goes out, it calls decide; if that returns a refusal, the answer is its status
+// instead. The socket has no limit on message length: the reader counts.
+func upgrade(w http.ResponseWriter, r *http.Request, c *conn, decide func() error) (*socket, error) {
+	u := &upgrader{ResponseWriter: w, decide: decide, cfg: &c.g.cfg}
 	ws, err := websocket.Accept(u, r, &websocket.AcceptOptions{
 		InsecureSkipVerify: true, // no cookies here: a page that dials has no more rights than any program
 		CompressionMode:    websocket.CompressionDisabled,
-		OnPingReceived:     func(context.Context, []byte) bool { u.controlFrame(); return u.wire.mayPong() },
-		OnPongReceived:     func(context.Context, []byte) { u.controlFrame() },
+		OnPingReceived: func(_ context.Context, payload []byte) bool {
+			u.wire.rest(true)
+			c.pinged(payload)
+			return false // the outbox answers
+		},
+		OnPongReceived: func(_ context.Context, payload []byte) {
+			u.wire.rest(true)
+			c.out.control.ponged(payload)
+		},
 	})
 	if err != nil {
 		return nil, errors.Join(u.refused, err)
@@ -177,11 +235,8 @@ func (u *upgrader) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		u.refused = err
 		return nil, nil, err
 	}
-	limitSendBuffer(conn)
-	w := &wire{
-		Conn: conn, writeTimeout: u.cfg.WriteTimeout, messageTimeout: u.cfg.MessageTimeout,
-		turn: make(chan struct{}, 1),
-	}
+	limitBuffers(conn)
+	w := &wire{Conn: conn, writeTimeout: u.cfg.WriteTimeout, messageTimeout: u.cfg.MessageTimeout}
 	u.wire = w
 	// What the client sent behind its handshake is in the server's buffer.
 	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // as much as is buffered is there
@@ -195,12 +250,16 @@ func (u *upgrader) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return w, bufio.NewReadWriter(w.br, bufio.NewWriterSize(w, writeBuffer)), nil
 }
 
-// limitSendBuffer keeps the kernel from taking megabytes for a peer that reads
-// slowly: a ping would wait behind them for longer than PongTimeout.
-func limitSendBuffer(conn net.Conn) {
+// limitBuffers keeps the kernel from taking megabytes for a peer that reads slowly,
+// or from one that is not read: a ping would wait behind them for too long.
+func limitBuffers(conn net.Conn) {
+	type buffered interface {
+		SetReadBuffer(int) error
+		SetWriteBuffer(int) error
+	}
 	for ; conn != nil; conn = under(conn) {
-		if c, ok := conn.(interface{ SetWriteBuffer(int) error }); ok {
-			_ = c.SetWriteBuffer(sendBuffer) // a wish
+		if c, ok := conn.(buffered); ok {
+			_, _ = c.SetReadBuffer(socketBuffer), c.SetWriteBuffer(socketBuffer) // wishes
 			return
 		}
 	}
@@ -240,13 +299,6 @@ func (u *upgrader) refuse(err error) {
 	refuseUpgrade(u.ResponseWriter, r)
 }
 
-// controlFrame is called by the reading goroutine for each ping and pong.
-func (u *upgrader) controlFrame() {
-	if u.wire != nil {
-		u.wire.rest(true)
-	}
-}
-
 // next waits for the next message's first frame. Pings are answered meanwhile.
 func (s *socket) next() (io.Reader, error) {
 	_, r, err := s.ws.Reader(context.Background()) // a context that can end costs 12 allocations a message
@@ -259,24 +311,35 @@ func (s *socket) next() (io.Reader, error) {
 // endMessage says that the reader of next has been read to its end.
 func (s *socket) endMessage() { s.wire.rest(false) }
 
+// hold has what is written wait for flush, as far as buf has room.
+func (s *socket) hold(buf []byte) { s.wire.hold(buf) }
+
+// flush sends what was held back. buf of hold is the caller's again.
+func (s *socket) flush() error { return s.wire.flush() }
+
 // write sends one text message.
 func (s *socket) write(p []byte) error {
-	s.wire.turn <- struct{}{}
-	defer func() { <-s.wire.turn }()
-	_ = s.wire.SetWriteDeadline(time.Now().Add(s.wire.writeTimeout))
+	s.wire.setWriting(true)
+	defer s.wire.setWriting(false)
 	return s.ws.Write(context.Background(), websocket.MessageText, p)
 }
 
-// ping sends a ping and waits for its pong. It returns nil when that came, and an
-// error when the connection or ctx ended. A ping that cannot be written because a
-// long message is on its way is tried again.
-func (s *socket) ping(ctx context.Context) error {
-	for {
-		err := s.ws.Ping(ctx)
-		if err == nil || ctx.Err() != nil || errors.Is(err, net.ErrClosed) || !errors.Is(err, context.DeadlineExceeded) {
-			return err
-		}
-	}
+// opcode of a control frame.
+type opcode byte
+
+const (
+	opPing opcode = 0x9
+	opPong opcode = 0xa
+)
+
+// writeControl sends a control frame, past the library, which would wait for it no
+// longer than 5 s and then break the connection. Only the goroutine that writes
+// messages calls it, and so never within one.
+func (s *socket) writeControl(op opcode, payload []byte) error {
+	const final = 0x80
+	frame := append(make([]byte, 0, 2+len(payload)), final|byte(op), byte(len(payload))) //nolint:gosec // at most 125
+	_, err := s.wire.Write(append(frame, payload...))
+	return err
 }
 
 // close sends a close frame, waits for the peer's (at most 5 s), and closes. A code
@@ -298,7 +361,7 @@ func (s *socket) close(c closeCode, ended <-chan struct{}) {
 
 // drop closes the connection without a word, even while close waits for the peer.
 func (s *socket) drop() {
-	_ = s.wire.Close() // CloseNow alone would wait for a close under way
+	_ = s.wire.Conn.Close() // CloseNow alone would wait for a close under way
 	_ = s.ws.CloseNow()
 }
 

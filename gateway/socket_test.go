@@ -25,10 +25,12 @@ import (
 func bubble(t *testing.T, f func(t *testing.T, c *conn, peer net.Conn)) {
 	synctest.Test(t, func(t *testing.T) {
 		g := &Gateway{cfg: Config{WriteTimeout: 8 * time.Second}.withDefaults()}
+		c := new(conn)
+		c.init(g, kindPhone, "c", func(int) {})
 		upgraded := make(chan *socket, 1)
 		l := testenv.NewListener()
 		srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			s, err := upgrade(w, r, &g.cfg, func() error { return nil })
+			s, err := upgrade(w, r, c, func() error { return nil })
 			if err != nil {
 				t.Error(err)
 			}
@@ -43,8 +45,6 @@ func bubble(t *testing.T, f func(t *testing.T, c *conn, peer net.Conn)) {
 		defer peer.Close()
 		handshake(t, peer, "s")
 		peer.SetReadDeadline(time.Time{})
-		c := new(conn)
-		c.init(g, kindPhone, "c", func(int) {})
 		c.start(<-upgraded)
 		f(t, c, peer)
 	})
