@@ -64,6 +64,7 @@ type Bus struct {
 	stopPump func()
 	pump     sync.WaitGroup
 
+	backlog     atomic.Int64 // bytes that wait for phones, of all links
 	malformed   atomic.Uint64
 	unpublished atomic.Uint64
 }
@@ -410,9 +411,21 @@ func (b *Bus) unregister(k linkKey, l *Link) {
 func (b *Bus) remove(l *Link) {
 	l.mu.Lock()
 	k := l.key()
+	l.countLocked()
 	l.mu.Unlock()
 	b.unregister(k, l)
 }
+
+// backlogLimit is how many bytes may wait for one phone now.
+func (b *Bus) backlogLimit() uint64 {
+	if b.backlog.Load() > int64(b.cfg.TotalBacklog) {
+		return uint64(b.cfg.Window) //nolint:gosec // positive
+	}
+	return uint64(b.cfg.Backlog) //nolint:gosec // positive
+}
+
+// Backlog is how many bytes wait for phones, of all links of this node.
+func (b *Bus) Backlog() int64 { return b.backlog.Load() }
 
 // ProbeAll makes every link to another node ask where its other end is, and an end
 // that is the only one left end visibly. It runs after the NATS connection was

@@ -101,6 +101,9 @@ type Config struct {
 	// Backlog is how many bytes may wait for one phone before its link is ended
 	// with ErrBacklog. Default 4 MiB.
 	Backlog int
+	// TotalBacklog is how many bytes may wait for all phones together before only a
+	// window may wait for each. Default 1 GiB.
+	TotalBacklog int
 	// LinkTimeout is how long data may stay unacknowledged. Default 10 s.
 	LinkTimeout time.Duration
 }
@@ -111,6 +114,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.Backlog <= 0 {
 		c.Backlog = 4 << 20
+	}
+	if c.TotalBacklog <= 0 {
+		c.TotalBacklog = 1 << 30
 	}
 	if c.LinkTimeout <= 0 {
 		c.LinkTimeout = 10 * time.Second

@@ -70,6 +70,7 @@ type Link struct {
 	failed     error // what to tell the receiver after that
 	running    bool  // a goroutine is in run
 	queued     bool  // in Bus.ready
+	counted    int64 // bytes of this link in Bus.backlog
 	timed      bool  // in Bus.timed
 }
 
@@ -158,26 +159,38 @@ func (l *Link) waitLocked() bool {
 }
 
 // Offer queues one frame like Send and never blocks. When more than
-// Config.Backlog would wait, it ends the link on both sides with ErrBacklog, which
-// the receiver is told, and returns that; it returns ErrClosed when the link has
-// ended.
+// Config.Backlog would wait, or more than a window while all links together have more
+// than Config.TotalBacklog waiting, it ends the link on both sides with ErrBacklog,
+// which the receiver is told, and returns that; it returns ErrClosed when the link
+// has ended.
 func (l *Link) Offer(buf []byte) error {
 	l.mu.Lock()
 	if l.ended {
 		l.mu.Unlock()
 		return ErrClosed
 	}
-	if l.st.outstanding()+frameCost(len(buf)-Headroom) > uint64(l.bus.cfg.Backlog) { //nolint:gosec // positive
+	if l.st.outstanding()+frameCost(len(buf)-Headroom) > l.bus.backlogLimit() {
 		l.mu.Unlock()
 		l.fail(ErrBacklog, func() { l.st.close(ErrBacklog, true) })
 		l.kick()
 		return ErrBacklog
 	}
 	l.st.send(buf, time.Now())
+	l.countLocked()
 	l.watchLocked()
 	l.mu.Unlock()
 	l.kick()
 	return nil
+}
+
+// countLocked keeps Bus.backlog true. l.mu is held.
+func (l *Link) countLocked() {
+	if l.side == phoneSide {
+		return // bounded by its window
+	}
+	now := int64(l.st.queued()) //nolint:gosec // bounded by Config.Backlog
+	l.bus.backlog.Add(now - l.counted)
+	l.counted = now
 }
 
 // Consumed tells that the socket has taken a frame of n bytes. It does nothing
@@ -388,6 +401,7 @@ func (l *Link) run(budget int) (more bool) {
 		}
 	}
 	l.running = false
+	l.countLocked()
 	done := l.st.done()
 	if !done {
 		l.watchLocked()

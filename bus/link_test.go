@@ -323,6 +323,9 @@ func (r *rig) empty() {
 	if left := r.held.attached(); len(left) > 0 {
 		r.Fatalf("%d links were let in and never ended", len(left))
 	}
+	if n := r.binaries.Backlog(); n != 0 {
+		r.Fatalf("%d bytes are counted for links that are gone", n)
+	}
 }
 
 func (b *Bus) size() string {
@@ -537,6 +540,42 @@ func TestLink_BacklogOfAPhone_EndsItsLink(t *testing.T) {
 		}
 		if err := b.Offer(textFrame("x")); !errors.Is(err, ErrClosed) {
 			t.Errorf("Offer after the end: %v, want ErrClosed", err)
+		}
+		r.empty()
+	})
+}
+
+// Many slow phones together get no more than all may have; each keeps a window.
+func TestLink_BacklogOfAll_EndsTheLargest(t *testing.T) {
+	onBoth(t, func(t *testing.T, r *rig) {
+		r.binaries.cfg.TotalBacklog = testConfig.Backlog
+		const links = 4
+		var phones, ends [links]*Link
+		var binaries [links]*receiver
+		for i := range links {
+			binaries[i] = r.newReceiver()
+			phones[i], ends[i] = r.connect(r.slowReceiver(), binaries[i])
+		}
+		ended := 0
+		for range 2 * testConfig.Backlog / 1000 {
+			for i, l := range ends {
+				if err := l.Offer(sizedFrame(1000)); errors.Is(err, ErrBacklog) {
+					ended++
+					if err := binaries[i].ended(); !errors.Is(err, ErrBacklog) {
+						t.Errorf("ended with %v, want ErrBacklog", err)
+					}
+				}
+				const frame, local = 1000 + frameOverhead, 2 // both ends of a link may be here
+				if n, most := r.binaries.Backlog(), int64(testConfig.Backlog+links*local*(testConfig.Window+frame)); n > most {
+					t.Fatalf("%d bytes wait, want at most %d", n, most)
+				}
+			}
+		}
+		if ended != links {
+			t.Errorf("%d of %d links ended", ended, links)
+		}
+		for _, p := range phones {
+			p.Close(CodeError(1000))
 		}
 		r.empty()
 	})

@@ -88,6 +88,15 @@ func (s *linkState) outstanding() uint64 {
 	return s.accepted - (s.credit - s.base) // receive refuses credit for more than was sent
 }
 
+// queued is how many bytes of frames this end keeps for itself: not acknowledged, or
+// not sent yet.
+func (s *linkState) queued() uint64 {
+	if s.reset || s.done() {
+		return 0
+	}
+	return s.accepted - s.ackedTo
+}
+
 // full reports whether a window's worth is outstanding.
 func (s *linkState) full() bool {
 	n := s.outstanding()

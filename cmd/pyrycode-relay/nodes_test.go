@@ -111,6 +111,9 @@ func TestThreeNodes_HundredThousandFramesEachWay(t *testing.T) {
 	go func() { errs <- binaryReceives(ctx, binary, connIDs, perPhone) }()
 	for range cap(errs) {
 		if err := <-errs; err != nil {
+			for i, p := range phones {
+				t.Logf("phone %d%s", i, phoneEnd(p))
+			}
 			t.Fatal(err)
 		}
 	}
