@@ -3,9 +3,10 @@
 TOOL     := go tool -modfile=.ci/tools/go.mod
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 FUZZTIME ?= 20s
+CHECKS   ?= 100000
 
 .DEFAULT_GOAL := help
-.PHONY: build test lint fuzz bench e2e check vuln help
+.PHONY: build test lint fuzz model bench e2e check vuln help
 
 build: ## the static release binary, bin/pyrycode-relay
 	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o bin/pyrycode-relay ./cmd/pyrycode-relay
@@ -29,6 +30,10 @@ fuzz: ## every fuzz target for FUZZTIME (20s) each
 		done; \
 	done; \
 	if [ $$found = 0 ]; then echo "no fuzz target found"; exit 1; fi
+
+model: ## the models of links and of the registry, CHECKS (100000) schedules each
+	go test -run 'TestLinkStateModel' -timeout 2h ./bus -rapid.checks=$(CHECKS)
+	go test -run 'TestSimulation$$' -timeout 2h ./registry -rapid.checks=$(CHECKS)
 
 bench: ## every benchmark
 	go test -run '^$$' -bench . -benchmem ./...

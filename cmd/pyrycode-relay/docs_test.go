@@ -112,13 +112,15 @@ func TestGuarantees_AreHeldByTests(t *testing.T) {
 			}
 		}
 	}
-	named := regexp.MustCompile("`(Test\\w+)`").FindAllStringSubmatch(string(readShipped(t, "docs/guarantees.md")), -1)
-	if len(named) == 0 {
-		t.Error("no test is named")
-	}
-	for _, m := range named {
-		if !there[m[1]] {
-			t.Errorf("docs/guarantees.md names %s, which is not there", m[1])
+	for _, page := range []string{"docs/guarantees.md", "docs/links.md"} {
+		named := regexp.MustCompile("`(Test\\w+)`").FindAllStringSubmatch(string(readShipped(t, page)), -1)
+		if len(named) == 0 {
+			t.Errorf("%s names no test", page)
+		}
+		for _, m := range named {
+			if !there[m[1]] {
+				t.Errorf("%s names %s, which is not there", page, m[1])
+			}
 		}
 	}
 }
