@@ -74,8 +74,9 @@ const (
 	// of phones that came and went while their binary read nothing.
 	noticeRoom = 1 << 20
 
-	// batchSize is how many bytes leave in one write, if they are there.
-	batchSize = 64 << 10
+	// batchSize is how many bytes leave in one write, if they are there: a hundred
+	// small frames. A peer that takes nothing holds as many for its write deadline.
+	batchSize = 32 << 10
 
 	// messageOverhead is added to a message's length where queued bytes are counted.
 	messageOverhead = 64

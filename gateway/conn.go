@@ -6,6 +6,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/pyrycode/pyrycode-relay/bus"
 )
 
 // kind of a connection; also the label of its metrics.
@@ -85,8 +87,12 @@ func (c *conn) end() []message {
 }
 
 // ping proves that the peer is alive: nil when the pong to a ping sent now came
-// before ctx ended.
+// before ctx ended. A connection that the relay closes is as good as gone: nobody is
+// told 4409 for its sake.
 func (c *conn) ping(ctx context.Context) error {
+	if _, closing := c.out.closed(); closing {
+		return bus.ErrClosed
+	}
 	n := c.out.control.ask()
 	c.out.wake()
 	return c.out.control.wait(ctx, n, c.done)

@@ -147,10 +147,10 @@ func (o *outbox) wakeLocked() {
 // runs.
 type batch struct {
 	messages []message
-	buf      []byte
+	buf      []byte // nil until there are messages: most pings come alone
 }
 
-var batches = sync.Pool{New: func() any { return &batch{buf: make([]byte, 0, batchSize)} }}
+var batches = sync.Pool{New: func() any { return new(batch) }}
 
 // writeLoop writes what is queued, in batches, and ends when there is nothing left.
 func (o *outbox) writeLoop() {
@@ -197,7 +197,12 @@ func (o *outbox) take(b *batch) bool {
 
 // write writes the control frames that are due and then the messages of b.
 func (o *outbox) write(b *batch) error {
-	o.sock.hold(b.buf)
+	if len(b.messages) > 0 {
+		if b.buf == nil {
+			b.buf = make([]byte, 0, batchSize)
+		}
+		o.sock.hold(b.buf)
+	}
 	err := o.writeHeld(b.messages)
 	if flushErr := o.sock.flush(); err == nil { // b.buf is not used after it
 		err = flushErr

@@ -91,6 +91,9 @@ func TestOutbox_SlowPeer_GetsAllBeforeTheClose(t *testing.T) {
 			}
 		}
 		c.closeAs(closeCode{code: 4321})
+		if err := c.ping(t.Context()); !errors.Is(err, bus.ErrClosed) {
+			t.Errorf("ping while it is closed: %v, want ErrClosed", err)
+		}
 		ended := make(chan error, 1)
 		go func() {
 			_, err := c.sock.next()
