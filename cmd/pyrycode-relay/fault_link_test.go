@@ -8,6 +8,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -47,6 +48,13 @@ func TestNATSServersRestartedEveryTenSeconds_TwoHundredSessionsLive(t *testing.T
 			s.name, sig, at, gone, sinceMS(begun), sessions.alive(), sessions.longest())
 	}
 	lasts(ctx, begun, 6*restartEvery)
+	for i, n := range p.nodes {
+		cut := strings.Count(n.log.String(), "event=nats_disconnected")
+		t.Logf("node %d lost its NATS server %d times", i+1, cut)
+		if cut == 0 {
+			t.Errorf("node %d never lost its NATS server, want the faults to reach it", i+1)
+		}
+	}
 	sessions.wantWhole(ctx, t)
 }
 
