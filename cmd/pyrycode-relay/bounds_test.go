@@ -29,8 +29,7 @@ import (
 
 // Ten thousand phones that send nothing, a pong neither, cost their node little
 // memory, and nobody else anything.
-func TestTenThousandSilentPhones_CostLittle(t *testing.T) {
-	t.Parallel()
+func TestTenThousandSilentPhones_CostLittle(t *testing.T) { // alone: it works, and others have seconds to keep
 	const binaries, each, dialers = 10, 32 * kib, 16
 	count := withinFileLimit(t, 10_000)
 	ctx := scenarioContext(t, time.Minute)
@@ -202,8 +201,7 @@ var placements = map[string]struct{ phones, binary int }{
 // Frames of one byte, from phones to a binary that does not read, and then from it to
 // a phone that does not: what waits is bounded and, but for the phone that is closed,
 // nothing is lost.
-func TestFloodOfTinyFrames_IsBounded(t *testing.T) {
-	t.Parallel()
+func TestFloodOfTinyFrames_IsBounded(t *testing.T) { // alone: it works, and others have seconds to keep
 	const growth = 150 * mib
 	p := startPlace(t, calmNATS.get(t), "--write-timeout", "1m", "--pong-timeout", "10m")
 	watches := []*memoryWatch{watchMemory(t, p.nodes[0]), watchMemory(t, p.nodes[1])}
