@@ -127,7 +127,7 @@ func startTrio(t *testing.T) (*natsTrio, error) {
 		}
 		trio[i] = s
 		config := fmt.Sprintf(`server_name: %s, listen: %q, http: "127.0.0.1:%d"
-write_deadline: "2s", no_fast_producer_stall: true, ping_interval: "5s"
+write_deadline: "2s", no_fast_producer_stall: true, ping_interval: "5s", lame_duck_grace_period: "1s"
 jetstream: { store_dir: %q }
 cluster: {
   name: trio, listen: "127.0.0.1:%d", no_advertise: true, ping_interval: "3s"
@@ -401,7 +401,8 @@ func echo(ctx context.Context, binary *testenv.Binary) {
 type conversation struct {
 	phone  *testenv.Phone
 	binary *testenv.Binary
-	hangUp func() // ends the asking
+	every  time.Duration // a question
+	hangUp func()        // ends the asking
 
 	sent, answered atomic.Int64
 	longest        atomic.Int64 // nanoseconds that an answer took
@@ -411,7 +412,7 @@ type conversation struct {
 	err   error         // that, once ended is closed
 }
 
-// talkEvery paces a conversation.
+// talkEvery paces a conversation that is one of a few.
 const talkEvery = 10 * time.Millisecond
 
 // converseAcross begins a conversation of a phone and a binary that it dials.
@@ -424,8 +425,16 @@ func converseAcross(ctx context.Context, t *testing.T, forPhone, forBinary *node
 // converse begins a conversation, which has both peers to itself.
 func converse(ctx context.Context, t *testing.T, phone *testenv.Phone, binary *testenv.Binary) *conversation {
 	t.Helper()
+	c := beginToConverse(ctx, t, phone, binary, talkEvery)
+	c.wantGoingOn(ctx, t, "at first")
+	return c
+}
+
+// beginToConverse is converse that does not wait, with a pace of its own.
+func beginToConverse(ctx context.Context, t *testing.T, phone *testenv.Phone, binary *testenv.Binary, every time.Duration) *conversation {
+	t.Helper()
 	asking, hangUp := context.WithCancel(ctx)
-	c := &conversation{phone: phone, binary: binary, hangUp: hangUp, ended: make(chan struct{})}
+	c := &conversation{phone: phone, binary: binary, every: every, hangUp: hangUp, ended: make(chan struct{})}
 	var first sync.Once
 	var parts sync.WaitGroup
 	for _, part := range []func() error{
@@ -448,12 +457,11 @@ func converse(ctx context.Context, t *testing.T, phone *testenv.Phone, binary *t
 		binary.Drop()
 		parts.Wait()
 	})
-	c.wantGoingOn(ctx, t, "at first")
 	return c
 }
 
 func (c *conversation) ask(ctx context.Context, hungUp <-chan struct{}) error {
-	tick := time.NewTicker(talkEvery)
+	tick := time.NewTicker(c.every)
 	defer tick.Stop()
 	for n := 0; ; n++ {
 		select {
