@@ -312,7 +312,8 @@ func (b *Bus) Hello(ctx context.Context, node NodeID) error {
 }
 
 // Challenge asks node whether the binary of session answers a ping sent after
-// this call. It blocks for the probe there. Errors as Hello.
+// this call. It blocks for the probe there. Without an error alive is what that node
+// says; errors as Hello, and whatever else it answers.
 func (b *Bus) Challenge(ctx context.Context, node NodeID, serverID string, session SessionID) (alive bool, err error) {
 	if node == b.node {
 		alive = b.handler.Alive(ctx, serverID, session)
@@ -322,6 +323,9 @@ func (b *Bus) Challenge(ctx context.Context, node NodeID, serverID string, sessi
 		return alive, err
 	}
 	m, err := b.request(ctx, tokenSubject(node, topicClaim, EncodeToken(serverID)), Message{Kind: KindChallenge, Session: session})
+	if err == nil && m.Kind != KindAlive && m.Kind != KindGone {
+		err = fmt.Errorf("%w: answer %s to CHALLENGE", errMalformed, m.Kind)
+	}
 	return m.Kind == KindAlive, err
 }
 
