@@ -71,6 +71,9 @@ const (
 	retryWait    = 50 * time.Millisecond
 	retryWaitMax = 400 * time.Millisecond
 
+	// dropTimeout bounds giving the lease back: a drain ends within its time, and the
+	// lease ends by itself.
+	dropTimeout = 500 * time.Millisecond
 	// leaseRetry is how soon a renewal that failed is tried again.
 	leaseRetry = 500 * time.Millisecond
 

@@ -151,8 +151,11 @@ func (r *Registry) Stop(ctx context.Context) {
 	r.bus.Close()
 }
 
-// dropLease gives the lease back, so that nobody waits for its end.
+// dropLease gives the lease back, so that nobody waits for its end. A NATS that is
+// silent holds it up for dropTimeout.
 func (r *Registry) dropLease(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, dropTimeout)
+	defer cancel()
 	r.lease.mu.Lock()
 	rev := r.lease.revision
 	r.lease.mu.Unlock()
