@@ -41,6 +41,7 @@ type lease struct {
 	renewed  time.Time // start of the last acknowledged renewal
 	unbroken time.Time // start of the first renewal since the lease was last missing or stale
 	swept    time.Time // start of the last complete sweep
+	misfit   error     // the buckets are not those that this node needs
 	draining bool
 }
 
@@ -60,6 +61,8 @@ func (r *Registry) Ready() error {
 		return fmt.Errorf("%w: draining", ErrNotReady)
 	case !r.bus.Connected():
 		return fmt.Errorf("%w: not connected to NATS", ErrNotReady)
+	case r.lease.misfit != nil:
+		return fmt.Errorf("%w: %w", ErrNotReady, r.lease.misfit)
 	case r.lease.renewed.IsZero():
 		return fmt.Errorf("%w: no lease yet", ErrNotReady)
 	case !r.lease.freshLocked(r.cfg, now):
@@ -120,13 +123,13 @@ func (r *Registry) leaseTrouble(err error) {
 func (r *Registry) renew(ctx context.Context) error {
 	start := time.Now()
 	r.lease.mu.Lock()
-	rev, draining := r.lease.revision, r.lease.draining
+	rev, draining, misfit := r.lease.revision, r.lease.draining, r.lease.misfit != nil
 	r.lease.mu.Unlock()
 	value, err := json.Marshal(r.nodeEntry(draining))
 	if err != nil {
 		return err
 	}
-	if rev == 0 {
+	if rev == 0 || misfit {
 		if err := r.createBuckets(ctx); err != nil {
 			return err
 		}

@@ -3,6 +3,7 @@ package registry
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -245,4 +246,53 @@ func TestLeaseDeletedByHand_EntriesAreNotReaped(t *testing.T) {
 		}
 		s.wantHolder(b)
 	})
+}
+
+// A bucket keeps the TTL that it was made with. A node that has another one would go by
+// a lease that the others have let go.
+func TestBucketOfAnotherLeaseTTL_NodeIsNotReady(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		first := s.node()
+		s.cfg.LeaseTTL = 6 * time.Second
+		second := s.startNode()
+		eventually(t, 10*time.Second, "the reason", func() bool { return says(second.Ready(), "20s", "6s", "--lease-ttl") })
+		_, err := second.claim("id")
+		wantErr(t, "claim", err, ErrNotReady)
+		if s.lease(second) != nil {
+			t.Error("a lease in a bucket that does not fit")
+		}
+		wantErr(t, "the node whose bucket it is", first.Ready(), nil)
+		first.Stop(t.Context())
+		if err := s.js.DeleteKeyValue(t.Context(), s.cfg.KVPrefix+"_nodes"); err != nil {
+			t.Fatal(err)
+		}
+		second.waitReady()
+	})
+}
+
+func TestBucketReplacedByOneOfAnotherTTL_NodeStopsDeciding(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		b := n.mustClaim("id")
+		name := s.cfg.KVPrefix + "_presence"
+		if err := s.js.DeleteKeyValue(t.Context(), name); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.js.CreateKeyValue(t.Context(), jetstream.KeyValueConfig{Bucket: name, TTL: time.Hour, LimitMarkerTTL: markerTTL}); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, sweepEvery+5*time.Second, "the reason", func() bool { return says(n.Ready(), name, "1h0m0s", "0s") })
+		if err := s.js.DeleteKeyValue(t.Context(), name); err != nil {
+			t.Fatal(err)
+		}
+		n.waitReady()
+		eventually(t, sweepEvery+5*time.Second, "entry there again", func() bool { _, ok := s.entry("id"); return ok })
+		s.wantHolder(b)
+		wantQuiet(t, "eviction", b.evicted)
+	})
+}
+
+// says reports whether err has all of these words.
+func says(err error, words ...string) bool {
+	return err != nil && !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(err.Error(), w) })
 }

@@ -175,7 +175,8 @@ func (r *Registry) dropLease(ctx context.Context) {
 	}
 }
 
-// createBuckets makes the buckets where they are missing.
+// createBuckets makes the buckets where they are missing, and notes if one does not
+// fit this node.
 func (r *Registry) createBuckets(ctx context.Context) error {
 	if !r.bus.Connected() {
 		return errors.New("not connected to NATS")
@@ -184,11 +185,21 @@ func (r *Registry) createBuckets(ctx context.Context) error {
 		ctx, cancel := context.WithTimeout(ctx, kvTimeout) // some requests are never answered when several nodes create at once
 		err := b.create(ctx)
 		cancel()
+		if errors.Is(err, errMisfit) {
+			r.setMisfit(err)
+		}
 		if err != nil {
 			return err
 		}
 	}
+	r.setMisfit(nil)
 	return nil
+}
+
+func (r *Registry) setMisfit(err error) {
+	r.lease.mu.Lock()
+	defer r.lease.mu.Unlock()
+	r.lease.misfit = err
 }
 
 // PhonesFor returns the phones of serverID that are attached through this node.
