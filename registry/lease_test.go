@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -295,4 +296,38 @@ func TestBucketReplacedByOneOfAnotherTTL_NodeStopsDeciding(t *testing.T) {
 // says reports whether err has all of these words.
 func says(err error, words ...string) bool {
 	return err != nil && !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(err.Error(), w) })
+}
+
+// calmWorld runs f over three nodes in virtual time, whose leases have been unbroken
+// for long enough to conclude something.
+func calmWorld(t *testing.T, f func(w *simWorld)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		w := newSimWorld(1)
+		for i := range w.nodes {
+			w.startNode(i)
+		}
+		w.sleep(2 * w.nodes[0].cfg.LeaseTTL)
+		f(w)
+		w.sleep(10 * time.Second) // whatever is under way ends
+		for _, n := range w.all {
+			n.Stop(t.Context())
+		}
+	})
+}
+
+// The node whose turn it is to clear up never has a lease for long enough.
+func TestFirstNodeRestartsAllTheTime_AnotherClearsUp(t *testing.T) {
+	calmWorld(t, func(w *simWorld) {
+		w.claim(w.nodes[1], "one")
+		w.kill(step{Node: 1}, w.nodes[1])
+		died, bound := time.Now(), w.nodes[0].cfg.LeaseTTL+3*sweepEvery
+		for time.Since(died) < bound {
+			w.sleep(bound / 4)
+			w.kill(step{Node: 0}, w.nodes[0])
+		}
+		if e, ok := entryOf(w.holdKV.truth("one")); ok && e.State != stateGrace {
+			t.Errorf("%s after the node's end: got %s, want grace or nothing", time.Since(died), short(e, ok))
+		}
+	})
 }

@@ -53,7 +53,7 @@ type Registry struct {
 
 	// Owned by sweepLoop.
 	known   map[bus.NodeID]nodeEntry // nodes that had a lease at the latest sweep
-	reapDue bool                     // entries of dead nodes may be in the KV
+	reapDue int                      // for how many sweeps entries of dead nodes may be in the KV; 0: there are none
 }
 
 // orphan is an entry to remove: a claim whose outcome was unknown, or a grace
@@ -88,7 +88,7 @@ func newOver(b *bus.Bus, cfg Config, log *slog.Logger, nodes, presence kv) *Regi
 		phones:   make(map[string]map[string]*phone),
 		orphans:  make(map[bus.SessionID]orphan),
 		suspects: make(map[bus.NodeID]time.Time),
-		reapDue:  true, // whoever ran here before may have left entries
+		reapDue:  1, // whoever ran here before may have left entries
 	}
 }
 

@@ -66,7 +66,8 @@ func (r *Registry) watch(ctx context.Context, n bus.NodeID) {
 }
 
 // lookAtNodes reads the leases of all nodes. It warns of settings that differ, and
-// turns what dead nodes held into grace, if this node is the one to do that.
+// turns what dead nodes held into grace: the first node at once, the others a sweep
+// later, so that one of them does the work, whichever can.
 func (r *Registry) lookAtNodes(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, decideTimeout)
 	defer cancel()
@@ -83,12 +84,16 @@ func (r *Registry) lookAtNodes(ctx context.Context) {
 	}
 	for n := range r.known {
 		if _, ok := alive[n]; !ok {
-			r.reapDue = true
+			r.reapDue = max(r.reapDue, 1)
 		}
 	}
 	r.known = alive
-	if r.reapDue && first == me && r.unbrokenFor() >= r.cfg.LeaseTTL {
-		r.reapDue = !r.reap(ctx, alive)
+	switch {
+	case r.reapDue == 0 || r.unbrokenFor() < r.cfg.LeaseTTL:
+	case first != me && r.reapDue == 1:
+		r.reapDue = 2 // the first one is about to do it, unless it cannot
+	case r.reap(ctx, alive):
+		r.reapDue = 0
 	}
 }
 
