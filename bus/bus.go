@@ -128,6 +128,9 @@ func (b *Bus) Versions() Versions { return b.versions }
 // Connected reports whether the transport is up.
 func (b *Bus) Connected() bool { return b.net.Connected() }
 
+// OnDisturbed has f called after messages may have been lost. f must not block.
+func (b *Bus) OnDisturbed(f func()) { b.net.OnDisturbed(f) }
+
 // Window is the link window in bytes, and how much a phone's frames may take
 // while they wait for a binary that is away.
 func (b *Bus) Window() int { return b.cfg.Window }

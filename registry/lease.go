@@ -40,7 +40,8 @@ type lease struct {
 	revision uint64    // of the last acknowledged renewal
 	renewed  time.Time // start of the last acknowledged renewal
 	unbroken time.Time // start of the first renewal since the lease was last missing or stale
-	swept    time.Time // start of the last complete sweep
+	doubts   uint64    // how often what this node holds may have been given away, and it has not been told
+	swept    uint64    // how many of these the last complete sweep has looked into
 	misfit   error     // the buckets are not those that this node needs
 	draining bool
 }
@@ -84,11 +85,21 @@ func (r *Registry) unbrokenFor() time.Duration {
 }
 
 // swept reports whether what this node holds has been compared with the KV since its
-// lease was last missing or stale. If not, its tables are a hint like any other.
+// lease was last missing or stale, or its NATS connection disturbed. If not, its tables
+// are a hint like any other.
 func (r *Registry) swept() bool {
 	r.lease.mu.Lock()
 	defer r.lease.mu.Unlock()
-	return r.lease.swept.After(r.lease.unbroken)
+	return r.lease.swept == r.lease.doubts
+}
+
+// doubt makes the tables of this node a hint, until a sweep that begins now is done. It
+// does not block.
+func (r *Registry) doubt() {
+	r.lease.mu.Lock()
+	r.lease.doubts++
+	r.lease.mu.Unlock()
+	r.sweepSoon()
 }
 
 // leaseLoop creates the buckets and keeps the lease until ctx ends.
@@ -166,13 +177,14 @@ func (r *Registry) renewed(rev uint64, start time.Time, anew bool) {
 	anew = anew || !r.lease.freshLocked(r.cfg, time.Now())
 	if anew {
 		r.lease.unbroken = start
+		r.lease.doubts++ // whatever this node holds may have been given away
 	}
 	r.lease.revision, r.lease.renewed = rev, start
 	r.lease.mu.Unlock()
 	r.troubleOver()
 	if anew {
-		r.sweepSoon()    // whatever this node holds may have been given away
-		r.bus.ProbeAll() // and others may have ended their links to it
+		r.sweepSoon()
+		r.bus.ProbeAll() // others may have ended their links to this node
 	}
 }
 

@@ -260,3 +260,44 @@ func TestPhoneGoneMeanwhile_IsErrClosed(t *testing.T) {
 		}
 	})
 }
+
+// A node that was away for less than its lease is not told of what others took
+// meanwhile: it asks the leader until it has swept, which it does at once.
+func TestNodeComesBackWithinItsLease_PhonesFindTheNewSession(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		ns := s.three()
+		first := ns[0].mustClaim("id")
+		ns[0].proxy.Refuse()
+		ns[0].proxy.Cut()
+		second := ns[1].mustClaim("id", WithoutProbe())
+		ns[0].proxy.Accept()
+		eventually(t, 2*time.Second, "back", func() bool { return ns[0].Ready() == nil })
+		p := ns[0].mustDial("id")
+		if got, want := p.link.Session(), second.session(); got != want {
+			t.Errorf("phone: got session %s, want %s", got, want)
+		}
+		wantErr(t, "incumbent", within(t, sweepEvery-time.Second, "eviction", first.evicted), ErrDisplaced)
+		s.wantHolder(second)
+	})
+}
+
+// No sweep that began before the disturbance says what happened in it.
+func TestDisturbedDuringASweep_TablesStayAHint(t *testing.T) {
+	calmWorld(t, func(w *simWorld) {
+		n := w.nodes[0]
+		if !n.swept() {
+			t.Fatal("not swept in a calm")
+		}
+		n.sweepSoon()
+		w.sleep(simDelay / 2) // it is under way
+		n.port.disturb()
+		w.sleep(5 * simDelay)
+		if n.swept() {
+			t.Error("swept by a sweep that began before")
+		}
+		w.sleep(time.Second)
+		if !n.swept() {
+			t.Error("not swept a second later")
+		}
+	})
+}

@@ -117,6 +117,7 @@ func (r *Registry) Start() error {
 	if err := r.bus.Start(r); err != nil {
 		return err
 	}
+	r.bus.OnDisturbed(r.doubt) // it was not told what happened meanwhile
 	r.tasks.Go(func() { r.leaseLoop(r.ctx) })
 	r.tasks.Go(func() { r.sweepLoop(r.ctx) })
 	r.tasks.Go(func() { r.watchLoop(r.ctx) })
