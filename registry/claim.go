@@ -13,8 +13,8 @@ import (
 // this connection; ErrServerIDConflict if the incumbent answered a ping sent after
 // this call began; ErrHeld if only a ping could tell and the claim is
 // WithoutProbe; ErrUndecided if it could not be found out in time; ErrNotReady
-// while this node decides nothing. Without a probe it takes 4 s at most, with one
-// ProbeTimeout more. On nil the caller owes a ReleaseServer.
+// while this node decides nothing. Without a probe it takes 4.5 s at most, with one
+// 10 s, or ProbeTimeout and one KV call if that is longer. On nil the caller owes a ReleaseServer.
 //
 //	(protocol.md: Life of a claim)
 func (r *Registry) ClaimServer(serverID string, conn Conn, opts ...Option) error {

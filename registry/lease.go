@@ -102,6 +102,18 @@ func (r *Registry) doubt() {
 	r.sweepSoon()
 }
 
+// renewedSince reports whether a renewal of the lease that began after t was
+// acknowledged. If not, one begins soon.
+func (r *Registry) renewedSince(t time.Time) bool {
+	r.lease.mu.Lock()
+	renewed := r.lease.renewed.After(t)
+	r.lease.mu.Unlock()
+	if !renewed {
+		nudge(r.renewNow)
+	}
+	return renewed
+}
+
 // leaseLoop creates the buckets and keeps the lease until ctx ends.
 func (r *Registry) leaseLoop(ctx context.Context) {
 	for {
@@ -114,6 +126,8 @@ func (r *Registry) leaseLoop(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-r.renewNow:
+			pause(ctx, renewWait)
+			drain(r.renewNow)
 		case <-time.After(wait):
 		}
 	}

@@ -331,3 +331,30 @@ func TestFirstNodeRestartsAllTheTime_AnotherClearsUp(t *testing.T) {
 		}
 	})
 }
+
+// Phones learn within 5 s that the node of their binary was killed, whenever that was;
+// if the KV has no leader then, when it has one.
+func TestNodeKilled_PhonesElsewhereKnow(t *testing.T) {
+	for _, stall := range []time.Duration{0, 9 * time.Second} {
+		t.Run(fmt.Sprint("without a leader for ", stall), func(t *testing.T) {
+			for i := range time.Duration(8) {
+				calmWorld(t, func(w *simWorld) {
+					w.claim(w.nodes[0], "one")
+					ends := linkedPhone(t, w.nodes[1])
+					w.sleep(5*time.Second + i*watchEvery/8)
+					start := time.Now()
+					w.stall(stall)
+					w.kill(step{Node: 0}, w.nodes[0])
+					wantErr(t, "the phone", within(t, time.Minute, "its end", ends), bus.ErrNodeGone)
+					took, most := time.Since(start), 5*time.Second
+					if stall > 0 {
+						most = stall + 4*time.Second
+					}
+					if took < max(deadAfter, stall) || took > most {
+						t.Errorf("told after %s, want at most %s", took, most)
+					}
+				})
+			}
+		})
+	}
+}

@@ -47,7 +47,6 @@ type Registry struct {
 	sessions map[bus.SessionID]*holding   // these, and claims under way
 	phones   map[string]map[string]*phone // by server-id and conn id: phones attached through this node
 	orphans  map[bus.SessionID]orphan     // entries that this node may have left in the KV
-	suspects map[bus.NodeID]time.Time     // nodes without responders, since when
 	trouble  troubleState
 	stopped  bool // nothing is spawned any more
 
@@ -87,7 +86,6 @@ func newOver(b *bus.Bus, cfg Config, log *slog.Logger, nodes, presence kv) *Regi
 		sessions: make(map[bus.SessionID]*holding),
 		phones:   make(map[string]map[string]*phone),
 		orphans:  make(map[bus.SessionID]orphan),
-		suspects: make(map[bus.NodeID]time.Time),
 		reapDue:  1, // whoever ran here before may have left entries
 	}
 }
@@ -226,6 +224,14 @@ func (r *Registry) spawn(f func()) {
 func nudge(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
+	default:
+	}
+}
+
+// drain takes back a nudge that what follows answers anyway.
+func drain(c chan struct{}) {
+	select {
+	case <-c:
 	default:
 	}
 }
