@@ -26,6 +26,8 @@
 //     that began after that is done: its own tables may be old.
 //   - Connected means registered: whatever happens to the KV, a binary that is
 //     connected is there again within one sweep of the KV answering.
+//   - A node whose LeaseTTL is not that of the nodes bucket decides nothing: it would go
+//     by a lease that the others have let go.
 //   - MaxPhones holds over the cluster, because the holder has the one attach table.
 //   - A claim without a probe, and a look-up, take 4.5 s at most; a claim with a probe
 //     10 s (parkTimeout), or ProbeTimeout and one KV call if that is longer.
@@ -72,13 +74,12 @@
 //		late     the next write loses, reads what is there, and goes over it
 //		doubled  as late
 //	presence/<token> = held: by ClaimServer over nothing (if this node does not hold
-//	it), over grace, over the entry
-//	of a dead node or of an incumbent without a pong; by the sweep over nothing
+//	it), over grace, over the entry of a dead node or of an incumbent without a pong; by
+//	the sweep over nothing
 //		lost     tried again until time is up, then ErrUndecided
-//		late     found by reading back, the session is its own: the claim succeeds;
-//		         but not over a later session of this node;
-//		         after ErrUndecided the sweep looks for it for 30 s and removes it
-//		         (orphans). Until then its node refuses phones and is no incumbent
+//		late     found by reading back, the session is its own: the claim succeeds,
+//		         unless this node holds a later one; after ErrUndecided the sweep
+//		         looks for it for 30 s and removes it (orphans). Until then its node refuses phones and is no incumbent
 //		doubled  the second one loses, and finds the first
 //	presence/<token> = grace, with TTL: by ReleaseServer over the own entry; by one of
 //	the other nodes over the entry of a node whose lease is gone (the one with the
