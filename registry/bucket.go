@@ -298,6 +298,8 @@ func (b *bucket) getLeader(ctx context.Context, key string) (record, error) {
 }
 
 func (b *bucket) keys(ctx context.Context) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, kvTimeout)
+	defer cancel()
 	stream, err := b.conn.JetStream().Stream(ctx, b.stream())
 	if err != nil {
 		return nil, err

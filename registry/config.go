@@ -96,6 +96,8 @@ const (
 
 	// sweepEvery is how often this node compares what it holds with the KV.
 	sweepEvery = 5 * time.Second
+	// sweepPause lies between two sweeps: what asks for one may come in crowds.
+	sweepPause = 250 * time.Millisecond
 	// sweepWorkers bounds the KV calls under way in a sweep.
 	sweepWorkers = 16
 	// checkTries is how often a check tries again when the entry changes under it.

@@ -9,8 +9,8 @@
 //     a compare-and-swap write changes that. Every link is bound to a session, and a
 //     holder refuses any session that is not its own. A holder that was superseded
 //     closes its binary (OnEvict with ErrDisplaced) and its phones when it is told,
-//     or by a sweep: at once when its NATS connection is back, else 5 s after its path
-//     to the KV is.
+//     or by a sweep: one begins as soon as its NATS connection is back, or 5 s after its
+//     path to the KV is.
 //   - ErrServerIDConflict is returned only after the incumbent answered a ping that
 //     was sent after the claim began. Claims that gather for probeEvery share one.
 //   - ErrNoServer is returned only if a leader read while this node's lease was fresh

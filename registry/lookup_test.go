@@ -321,6 +321,7 @@ func TestNodeComesBackWithinItsLease_PhonesFindTheNewSession(t *testing.T) {
 	onBoth(t, func(t *testing.T, s *scene) {
 		ns := s.three()
 		first := ns[0].mustClaim("id")
+		eventually(t, sweepEvery, "no sweep under way", ns[0].swept)
 		ns[0].proxy.Refuse()
 		ns[0].proxy.Cut()
 		second := ns[1].mustClaim("id", WithoutProbe())

@@ -45,6 +45,7 @@ func (r *Registry) sweepLoop(ctx context.Context) {
 		r.lease.mu.Lock()
 		r.lease.swept = doubts
 		r.lease.mu.Unlock()
+		pause(ctx, sweepPause)
 	}
 }
 
