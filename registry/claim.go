@@ -14,7 +14,8 @@ import (
 // this call began; ErrHeld if only a ping could tell and the claim is
 // WithoutProbe; ErrUndecided if it could not be found out in time; ErrNotReady
 // while this node decides nothing. Without a probe it takes 4.5 s at most, with one
-// 10 s, or ProbeTimeout and one KV call if that is longer. On nil the caller owes a ReleaseServer.
+// 10 s, or ProbeTimeout and one KV call if that is longer. On nil the caller owes a
+// ReleaseServer.
 //
 //	(protocol.md: Life of a claim)
 func (r *Registry) ClaimServer(serverID string, conn Conn, opts ...Option) error {

@@ -40,8 +40,8 @@ type lease struct {
 	revision uint64    // of the last acknowledged renewal
 	renewed  time.Time // start of the last acknowledged renewal
 	unbroken time.Time // start of the first renewal since the lease was last missing or stale
-	doubts   uint64    // how often what this node holds may have been given away, and it has not been told
-	swept    uint64    // how many of these the last complete sweep has looked into
+	doubts   uint64    // how often what this node holds may have been given away without a word to it
+	swept    uint64    // doubts when the last complete sweep began
 	misfit   error     // the buckets are not those that this node needs
 	draining bool
 }

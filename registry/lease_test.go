@@ -332,26 +332,37 @@ func TestFirstNodeRestartsAllTheTime_AnotherClearsUp(t *testing.T) {
 	})
 }
 
-// Phones learn within 5 s that the node of their binary was killed, whenever that was;
-// if the KV has no leader then, when it has one.
+// Phones learn within 5 s that the node of their binary was killed, whenever that was,
+// and whether another one is frozen or not; if the KV has no leader then, when it has one.
 func TestNodeKilled_PhonesElsewhereKnow(t *testing.T) {
-	for _, stall := range []time.Duration{0, 9 * time.Second} {
-		t.Run(fmt.Sprint("without a leader for ", stall), func(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		frozen bool // another node that has links, too
+		stall  time.Duration
+		most   time.Duration
+	}{
+		{"all is well", false, 0, 5 * time.Second},
+		{"another one is frozen", true, 0, 5 * time.Second},
+		{"the KV has no leader", false, 9 * time.Second, 13 * time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
 			for i := range time.Duration(8) {
 				calmWorld(t, func(w *simWorld) {
 					w.claim(w.nodes[0], "one")
-					ends := linkedPhone(t, w.nodes[1])
+					w.claim(w.nodes[2], "two")
+					ends := linkedPhone(t, w.nodes[1], "one")
+					linkedPhone(t, w.nodes[1], "two")
 					w.sleep(5*time.Second + i*watchEvery/8)
+					if tt.frozen {
+						w.nodes[2].port.setState(portHeld)
+						w.sleep(watchEvery + i*suspectEvery)
+					}
 					start := time.Now()
-					w.stall(stall)
+					w.stall(tt.stall)
 					w.kill(step{Node: 0}, w.nodes[0])
 					wantErr(t, "the phone", within(t, time.Minute, "its end", ends), bus.ErrNodeGone)
-					took, most := time.Since(start), 5*time.Second
-					if stall > 0 {
-						most = stall + 4*time.Second
-					}
-					if took < max(deadAfter, stall) || took > most {
-						t.Errorf("told after %s, want at most %s", took, most)
+					if took := time.Since(start); took < max(deadAfter, tt.stall) || took > tt.most {
+						t.Errorf("told after %s, want at most %s", took, tt.most)
 					}
 				})
 			}

@@ -245,7 +245,7 @@ func TestNodeOnTheSmallerSide_TakesNobodyForDead(t *testing.T) {
 		t.Run(fmt.Sprint("leader of before: ", leader), func(t *testing.T) {
 			calmWorld(t, func(w *simWorld) {
 				w.claim(w.nodes[0], "one")
-				ends := linkedPhone(t, w.nodes[1])
+				ends := linkedPhone(t, w.nodes[1], "one")
 				w.split(step{Node: 1, For: 8 * time.Second, A: leader, B: true}, w.nodes[1])
 				wantErr(t, "dial", dialOne(w.nodes[1]), ErrUndecided)
 				w.sleep(3 * time.Second)
@@ -258,12 +258,12 @@ func TestNodeOnTheSmallerSide_TakesNobodyForDead(t *testing.T) {
 	}
 }
 
-// linkedPhone attaches a phone on n to server-id one. Its ends come over the channel.
-func linkedPhone(t *testing.T, n *simNode) (ends chan error) {
+// linkedPhone attaches a phone on n. Its ends come over the channel.
+func linkedPhone(t *testing.T, n *simNode, serverID string) (ends chan error) {
 	t.Helper()
 	in := newInbox()
-	link := n.Bus().NewLink("one", fmt.Sprint("phone-", conns.Add(1)), in)
-	if err := n.RegisterPhone("one", &simPhone{id: link.ConnID()}, WithLink(link)); err != nil {
+	link := n.Bus().NewLink(serverID, fmt.Sprint("phone-", conns.Add(1)), in)
+	if err := n.RegisterPhone(serverID, &simPhone{id: link.ConnID()}, WithLink(link)); err != nil {
 		t.Fatal(err)
 	}
 	return in.ends
