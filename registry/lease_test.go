@@ -276,12 +276,13 @@ func TestBucketReplacedByOneOfAnotherTTL_NodeStopsDeciding(t *testing.T) {
 		n := s.node()
 		b := n.mustClaim("id")
 		name := s.cfg.KVPrefix + "_presence"
-		if err := s.js.DeleteKeyValue(t.Context(), name); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := s.js.CreateKeyValue(t.Context(), jetstream.KeyValueConfig{Bucket: name, TTL: time.Hour, LimitMarkerTTL: markerTTL}); err != nil {
-			t.Fatal(err)
-		}
+		eventually(t, 10*time.Second, "replaced", func() bool { // before the node makes it again
+			if err := s.js.DeleteKeyValue(t.Context(), name); err != nil {
+				t.Fatal(err)
+			}
+			_, err := s.js.CreateKeyValue(t.Context(), jetstream.KeyValueConfig{Bucket: name, TTL: time.Hour, LimitMarkerTTL: markerTTL})
+			return err == nil
+		})
 		eventually(t, sweepEvery+5*time.Second, "the reason", func() bool { return says(n.Ready(), name, "1h0m0s", "0s") })
 		if err := s.js.DeleteKeyValue(t.Context(), name); err != nil {
 			t.Fatal(err)
