@@ -129,6 +129,9 @@ func (b *Bus) Versions() Versions { return b.versions }
 // Connected reports whether the transport is up.
 func (b *Bus) Connected() bool { return b.net.Connected() }
 
+// OnDisturbed has f called after messages may have been lost. f must not block.
+func (b *Bus) OnDisturbed(f func()) { b.net.OnDisturbed(f) }
+
 // Window is the link window in bytes, and how much a phone's frames may take
 // while they wait for a binary that is away.
 func (b *Bus) Window() int { return b.cfg.Window }
@@ -313,7 +316,8 @@ func (b *Bus) Hello(ctx context.Context, node NodeID) error {
 }
 
 // Challenge asks node whether the binary of session answers a ping sent after
-// this call. It blocks for the probe there. Errors as Hello.
+// this call. It blocks for the probe there. Without an error alive is what that node
+// says; errors as Hello, and whatever else it answers.
 func (b *Bus) Challenge(ctx context.Context, node NodeID, serverID string, session SessionID) (alive bool, err error) {
 	if node == b.node {
 		alive = b.handler.Alive(ctx, serverID, session)
@@ -323,6 +327,9 @@ func (b *Bus) Challenge(ctx context.Context, node NodeID, serverID string, sessi
 		return alive, err
 	}
 	m, err := b.request(ctx, tokenSubject(node, topicClaim, EncodeToken(serverID)), Message{Kind: KindChallenge, Session: session})
+	if err == nil && m.Kind != KindAlive && m.Kind != KindGone {
+		err = fmt.Errorf("%w: answer %s to CHALLENGE", errMalformed, m.Kind)
+	}
 	return m.Kind == KindAlive, err
 }
 

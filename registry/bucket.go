@@ -31,7 +31,8 @@ const upToHeader = "Nats-UpTo-Sequence"
 //
 //	(docs/adr/0004; nats-measured.md 2.2)
 type kv interface {
-	// create makes the bucket if it is not there.
+	// create makes the bucket if it is not there. The error is errMisfit if one is
+	// that this node cannot use.
 	create(ctx context.Context) error
 	// put writes value if the key's latest revision is rev (0: there is none). With a
 	// ttl (whole seconds) the key ends by itself. It returns the new revision,
@@ -80,20 +81,33 @@ type record struct {
 // made.
 func (b *bucket) create(ctx context.Context) error {
 	js := b.conn.JetStream()
-	if _, err := js.KeyValue(ctx, b.name); err == nil {
-		return nil
+	if there, err := js.Stream(ctx, b.stream()); err == nil {
+		return b.fits(there)
 	}
 	cfg := b.config(time.Now())
-	_, err := js.CreateStream(ctx, cfg)
+	made, err := js.CreateStream(ctx, cfg)
 	var api *jetstream.APIError
 	if errors.As(err, &api) && api.ErrorCode == errCodeNotClustered {
 		cfg.Replicas = 1 // a server that only looked like a cluster, by the addresses it has
-		_, err = js.CreateStream(ctx, cfg)
+		made, err = js.CreateStream(ctx, cfg)
 	}
-	if err == nil || errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
-		return nil
+	if errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) { // another node was first
+		made, err = js.Stream(ctx, b.stream())
 	}
-	return fmt.Errorf("create bucket %s: %w", b.name, err)
+	if err != nil {
+		return fmt.Errorf("create bucket %s: %w", b.name, err)
+	}
+	return b.fits(made)
+}
+
+// fits returns errMisfit if the keys of a bucket that is there end at another time
+// than this node believes: it would go by a lease that the others have let go.
+func (b *bucket) fits(there jetstream.Stream) error {
+	if ttl := there.CachedInfo().Config.MaxAge; ttl != b.ttl {
+		return fmt.Errorf("%w: the TTL of bucket %s is %s, this node wants %s: "+
+			"give all nodes the same --lease-ttl, or delete the bucket while no gateway runs", errMisfit, b.name, ttl, b.ttl)
+	}
+	return nil
 }
 
 // config is what jetstream.CreateKeyValue makes, except for FirstSeq, which it has no
@@ -284,6 +298,8 @@ func (b *bucket) getLeader(ctx context.Context, key string) (record, error) {
 }
 
 func (b *bucket) keys(ctx context.Context) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, kvTimeout)
+	defer cancel()
 	stream, err := b.conn.JetStream().Stream(ctx, b.stream())
 	if err != nil {
 		return nil, err

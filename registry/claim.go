@@ -13,8 +13,9 @@ import (
 // this connection; ErrServerIDConflict if the incumbent answered a ping sent after
 // this call began; ErrHeld if only a ping could tell and the claim is
 // WithoutProbe; ErrUndecided if it could not be found out in time; ErrNotReady
-// while this node decides nothing. Without a probe it takes 4 s at most, with one
-// ProbeTimeout more. On nil the caller owes a ReleaseServer.
+// while this node decides nothing. Without a probe it takes 4.5 s at most, with one
+// 10 s, or ProbeTimeout and one KV call if that is longer. On nil the caller owes a
+// ReleaseServer.
 //
 //	(protocol.md: Life of a claim)
 func (r *Registry) ClaimServer(serverID string, conn Conn, opts ...Option) error {
@@ -50,6 +51,12 @@ func (r *Registry) claim(h *holding) error {
 	value := r.entryFor(h, stateHeld).encode()
 	var before entry // what the write goes over, at revision rev
 	var rev uint64
+	if _, here := r.ownEntry(h.serverID); here { // the KV should have it, too
+		var err error
+		if before, rev, err = r.replaceable(ctx, h); err != nil {
+			return err
+		}
+	}
 	for {
 		newRev, err := r.presence.put(ctx, h.key(), value, rev, 0)
 		if err == nil {
@@ -78,6 +85,9 @@ func (r *Registry) replaceable(ctx context.Context, h *holding) (entry, uint64, 
 		there, err := r.presence.getLeader(ctx, h.key())
 		if err == nil {
 			found, ok := entryOf(there)
+			if !ok { // it may have lost what this node holds: the next sweep writes it again
+				found, ok = r.ownEntry(h.serverID)
+			}
 			if ok && found.Session != h.session {
 				err = r.mayTake(ctx, h, found)
 			}
@@ -89,6 +99,15 @@ func (r *Registry) replaceable(ctx context.Context, h *holding) (entry, uint64, 
 			return entry{}, 0, fmt.Errorf("%w: %w", ErrUndecided, err)
 		}
 	}
+}
+
+// ownEntry is what the KV should say of serverID if this node has its binary.
+func (r *Registry) ownEntry(serverID string) (entry, bool) {
+	h := r.localHolding(serverID)
+	if h == nil || r.stateOf(h) != held {
+		return entry{}, false
+	}
+	return r.entryFor(h, stateHeld), true
 }
 
 // mayTake decides whether h may be written over found. nil: yes.
@@ -126,6 +145,7 @@ func (r *Registry) mayTake(ctx context.Context, h *holding, found entry) error {
 // the server-id before. It returns ErrUndecided if h has been displaced already.
 func (r *Registry) claimed(h *holding, before entry, revision uint64) error {
 	if !r.install(h, before.Session, revision) {
+		h.unsure = true // its entry may be what the KV has
 		return fmt.Errorf("%w: displaced at once", ErrUndecided)
 	}
 	if before.Node == "" {

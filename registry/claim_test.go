@@ -392,3 +392,72 @@ func TestFight_KVWritesAndPingsAreBounded(t *testing.T) {
 		}
 	})
 }
+
+// The KV has lost an entry, and the sweep has not written it again yet: the node that
+// holds the binary knows of it all the same.
+func TestEntryDeleted_ClaimOnTheHoldersNodeAsksTheBinary(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		first := n.mustClaim("id")
+		s.remove("id")
+		_, err := n.claim("id", WithoutProbe())
+		wantErr(t, "claim without probe", err, ErrHeld)
+		_, err = n.claim("id")
+		wantErr(t, "claim", err, ErrServerIDConflict)
+		if got := first.pings.Load(); got != 1 {
+			t.Errorf("pings: got %d, want 1", got)
+		}
+		wantQuiet(t, "eviction of a binary that answers", first.evicted)
+		first.dead.Store(true)
+		second := n.mustClaim("id")
+		s.wantHolder(second)
+		wantErr(t, "incumbent without a pong", within(t, 2*time.Second, "eviction", first.evicted), ErrDisplaced)
+		second.release()
+		s.remove("id")
+		s.wantHolder(n.mustClaim("id", WithoutProbe())) // who is in grace has nothing to say
+	})
+}
+
+// Only GONE says that there was no pong: whatever else a node answers proves nothing.
+func TestHolderAnswersSomethingElse_ClaimIsUndecided(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		const strange = "strange-00000000"
+		echo, err := s.nc.Subscribe("pyrycode.relay.v1."+strange+".>", func(m *nats.Msg) { _ = m.Respond(m.Data) }) // HELLO is right
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = echo.Unsubscribe() }()
+		if err := s.nc.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		theirs := entry{Node: strange, Session: bus.NewSessionID(), State: stateHeld}
+		s.write("id", theirs.encode())
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, err = n.claim("id", WithContext(ctx))
+		wantErr(t, "claim", err, ErrUndecided)
+		if e, ok := s.entry("id"); !ok || e != theirs {
+			t.Errorf("entry: got %+v (%v), want %+v", e, ok, theirs)
+		}
+	})
+}
+
+// A claim that hears late that it was written finds a later one of this node.
+func TestInstalledLate_DoesNotDisplaceALaterSession(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		late := n.newBinary("id")
+		h := &holding{serverID: "id", session: bus.NewSessionID(), conn: late, opts: optionsFor(late, nil), links: make(map[*bus.Link]bool)}
+		n.Registry.mu.Lock()
+		n.sessions[h.session] = h
+		n.Registry.mu.Unlock()
+		b := n.mustClaim("id")
+		wantErr(t, "claimed", n.claimed(h, entry{}, n.localHolding("id").revision-1), ErrUndecided)
+		s.wantHolder(b)
+		wantQuiet(t, "eviction", b.evicted)
+		if !h.unsure {
+			t.Error("nobody looks for what it may have written")
+		}
+	})
+}

@@ -55,8 +55,9 @@ func (c Config) freshFor() time.Duration { return c.LeaseTTL * 3 / 4 }
 
 const (
 	// decideTimeout bounds a claim without a probe, and a look-up: every upgrade is
-	// answered within 5 s.
-	decideTimeout = 4 * time.Second
+	// answered within 5 s. A look-up needs deadAfter and a little, to find the holder
+	// and to ask its node for the last time.
+	decideTimeout = 4500 * time.Millisecond
 	// parkTimeout bounds a claim that is parked after its 101 for another reason than
 	// a probe under way.                               (protocol.md: Close codes)
 	parkTimeout = 10 * time.Second
@@ -71,8 +72,13 @@ const (
 	retryWait    = 50 * time.Millisecond
 	retryWaitMax = 400 * time.Millisecond
 
+	// dropTimeout bounds giving the lease back: a drain ends within its time, and the
+	// lease ends by itself.
+	dropTimeout = 500 * time.Millisecond
 	// leaseRetry is how soon a renewal that failed is tried again.
 	leaseRetry = 500 * time.Millisecond
+	// renewWait is how long those gather who want the lease renewed at once.
+	renewWait = 100 * time.Millisecond
 
 	// deadCheckWait lies between the two times that a claim must hear "no
 	// responders" before it takes the holder's node for dead.
@@ -81,13 +87,17 @@ const (
 	// phones are told so: a living node that changes its NATS server is away for
 	// less.
 	deadAfter = 4 * time.Second
-	// watchEvery and suspectEvery are how often nodes that links lead to are asked
-	// whether they are there; deadAfter + both stay below 5 s.
-	watchEvery   = 500 * time.Millisecond
-	suspectEvery = 200 * time.Millisecond
+	// watchEvery and suspectEvery are how often a node that links lead to is asked
+	// whether it is there, before and while it is silent. Phones of a node that was
+	// killed are told within 5 s: after watchEvery + helloTimeout of the bus (400 ms; the
+	// first HELLO may be swallowed) + deadAfter + suspectEvery = 4.8 s at most.
+	watchEvery   = 300 * time.Millisecond
+	suspectEvery = 100 * time.Millisecond
 
 	// sweepEvery is how often this node compares what it holds with the KV.
 	sweepEvery = 5 * time.Second
+	// sweepPause lies between two sweeps: what asks for one may come in crowds.
+	sweepPause = 250 * time.Millisecond
 	// sweepWorkers bounds the KV calls under way in a sweep.
 	sweepWorkers = 16
 	// checkTries is how often a check tries again when the entry changes under it.

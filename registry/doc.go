@@ -9,21 +9,27 @@
 //     a compare-and-swap write changes that. Every link is bound to a session, and a
 //     holder refuses any session that is not its own. A holder that was superseded
 //     closes its binary (OnEvict with ErrDisplaced) and its phones when it is told,
-//     or at its next sweep, 5 s after its path to the KV is back at the latest.
+//     or by a sweep: one begins as soon as its NATS connection is back, or 5 s after its
+//     path to the KV is.
 //   - ErrServerIDConflict is returned only after the incumbent answered a ping that
 //     was sent after the claim began. Claims that gather for probeEvery share one.
 //   - ErrNoServer is returned only if a leader read while this node's lease was fresh
 //     found no entry, or the holder's node itself does not know the session, or that
 //     node is dead: its lease is gone (and this node's has been unbroken for a whole
-//     TTL), or nobody responded for 4 s without a break.
+//     TTL), or nobody responded for 4 s without a break, and the KV took a renewal of
+//     this node's lease that began meanwhile (on the side of a split that cannot decide,
+//     everybody is silent). The same ends links to a node.
 //   - From the instant that ClaimServer returned nil, RegisterPhone finds the binary
 //     on every node: the session is in the tables before it is in the KV, and a
 //     replica that lags is asked no further than for a hint. A node whose lease was
-//     missing asks the leader until its next sweep: its own tables may be old.
+//     missing, or whose NATS connection was disturbed, asks the leader until a sweep
+//     that began after that is done: its own tables may be old.
 //   - Connected means registered: whatever happens to the KV, a binary that is
 //     connected is there again within one sweep of the KV answering.
+//   - A node whose LeaseTTL is not that of the nodes bucket decides nothing: it would go
+//     by a lease that the others have let go.
 //   - MaxPhones holds over the cluster, because the holder has the one attach table.
-//   - A claim without a probe, and a look-up, take 4 s at most; a claim with a probe
+//   - A claim without a probe, and a look-up, take 4.5 s at most; a claim with a probe
 //     10 s (parkTimeout), or ProbeTimeout and one KV call if that is longer.
 //
 // Not guaranteed:
@@ -33,6 +39,9 @@
 //   - A node on the side of an isolated stream leader may read old entries, as long
 //     as its lease counts as fresh (three quarters of the TTL): it may say
 //     ErrNoServer of a server-id that was claimed on the other side meanwhile.
+//   - Where the KV loses the entry of a connected binary, a claim on another node goes
+//     over nothing, without a ping, until the holder's next sweep. On the holder's own
+//     node its table counts as the entry.
 //   - A grace ends within a second of its time, later if the KV has no leader.
 //   - Entry.Since and Version are for people; nothing is decided by them.
 //   - The binary of a node that died is not probed: it has no connection.
@@ -59,20 +68,22 @@
 // All writes are CAS on the key's revision. "Lost" is not applied, "late" is applied
 // after its writer took it for lost, "doubled" is applied once and tried again.
 //
-//	nodes/<node>: the lease, by that node alone, every LeaseTTL/5; ended by the
-//	bucket's TTL or by Stop
+//	nodes/<node>: the lease, by that node alone, every LeaseTTL/5 and when another one
+//	falls silent; ended by the bucket's TTL or by Stop
 //		lost     tried again after 500 ms; after ¾ TTL the node decides nothing
 //		late     the next write loses, reads what is there, and goes over it
 //		doubled  as late
-//	presence/<token> = held: by ClaimServer over nothing, over grace, over the entry
-//	of a dead node or of an incumbent without a pong; by the sweep over nothing
+//	presence/<token> = held: by ClaimServer over nothing (if this node does not hold
+//	it), over grace, over the entry of a dead node or of an incumbent without a pong; by
+//	the sweep over nothing
 //		lost     tried again until time is up, then ErrUndecided
-//		late     found by reading back, the session is its own: the claim succeeds;
-//		         after ErrUndecided the sweep looks for it for 30 s and removes it
-//		         (orphans). Until then its node refuses phones and is no incumbent
+//		late     found by reading back, the session is its own: the claim succeeds,
+//		         unless this node holds a later one; after ErrUndecided the sweep
+//		         looks for it for 30 s and removes it (orphans). Until then its node refuses phones and is no incumbent
 //		doubled  the second one loses, and finds the first
 //	presence/<token> = grace, with TTL: by ReleaseServer over the own entry; by one of
-//	the other nodes over the entry of a node whose lease is gone
+//	the other nodes over the entry of a node whose lease is gone (the one with the
+//	lowest id at once, the others a sweep later)
 //		lost     the sweep writes it again; grace over before that: the entry is an
 //		         orphan, and removed
 //		late     over another session's entry it loses; over the own one it only
@@ -102,5 +113,6 @@
 //
 // Registry.mu comes last: it is never held across a call of bus, of a connection or of
 // the KV. bus calls Open and Ended with a link's mu held or not; they take Registry.mu
-// only. lease.mu is independent of it.
+// only. lease.mu is independent of it, and held across nothing but Bus.Connected; the
+// callback that the transport is given (OnDisturbed) takes it and does not block.
 package registry

@@ -34,3 +34,6 @@ var (
 	// errUnknown: it may have been written or not, or may yet be.
 	errUnknown = errors.New("outcome unknown")
 )
+
+// errMisfit: a bucket is there that was made for other settings than this node has.
+var errMisfit = errors.New("bucket of other settings")

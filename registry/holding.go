@@ -56,14 +56,15 @@ func (r *Registry) entryFor(h *holding, state string) entry {
 }
 
 // install makes h, whose session the KV named at revision in place of before,
-// what this node holds. It returns false if h was superseded already.
+// what this node holds. It returns false if h was superseded already: it is over, or
+// this node holds a session that the KV named later.
 func (r *Registry) install(h *holding, before bus.SessionID, revision uint64) bool {
 	r.mu.Lock()
-	if h.state == over {
+	current, claimant := r.current[h.serverID], r.sessions[before] // these may be two: claimant is not installed yet
+	if h.state == over || current != nil && current.revision > revision {
 		r.mu.Unlock()
 		return false
 	}
-	current, claimant := r.current[h.serverID], r.sessions[before] // these may be two: claimant is not installed yet
 	r.current[h.serverID] = h
 	h.state, h.written, h.revision = held, held, revision
 	r.mu.Unlock()

@@ -40,7 +40,9 @@ type lease struct {
 	revision uint64    // of the last acknowledged renewal
 	renewed  time.Time // start of the last acknowledged renewal
 	unbroken time.Time // start of the first renewal since the lease was last missing or stale
-	swept    time.Time // start of the last complete sweep
+	doubts   uint64    // how often what this node holds may have been given away without a word to it
+	swept    uint64    // doubts when the last complete sweep began
+	misfit   error     // the buckets are not those that this node needs
 	draining bool
 }
 
@@ -60,6 +62,8 @@ func (r *Registry) Ready() error {
 		return fmt.Errorf("%w: draining", ErrNotReady)
 	case !r.bus.Connected():
 		return fmt.Errorf("%w: not connected to NATS", ErrNotReady)
+	case r.lease.misfit != nil:
+		return fmt.Errorf("%w: %w", ErrNotReady, r.lease.misfit)
 	case r.lease.renewed.IsZero():
 		return fmt.Errorf("%w: no lease yet", ErrNotReady)
 	case !r.lease.freshLocked(r.cfg, now):
@@ -81,11 +85,33 @@ func (r *Registry) unbrokenFor() time.Duration {
 }
 
 // swept reports whether what this node holds has been compared with the KV since its
-// lease was last missing or stale. If not, its tables are a hint like any other.
+// lease was last missing or stale, or its NATS connection disturbed. If not, its tables
+// are a hint like any other.
 func (r *Registry) swept() bool {
 	r.lease.mu.Lock()
 	defer r.lease.mu.Unlock()
-	return r.lease.swept.After(r.lease.unbroken)
+	return r.lease.swept == r.lease.doubts
+}
+
+// doubt makes the tables of this node a hint, until a sweep that begins now is done. It
+// does not block.
+func (r *Registry) doubt() {
+	r.lease.mu.Lock()
+	r.lease.doubts++
+	r.lease.mu.Unlock()
+	r.sweepSoon()
+}
+
+// renewedSince reports whether a renewal of the lease that began after t was
+// acknowledged. If not, one begins soon.
+func (r *Registry) renewedSince(t time.Time) bool {
+	r.lease.mu.Lock()
+	renewed := r.lease.renewed.After(t)
+	r.lease.mu.Unlock()
+	if !renewed {
+		nudge(r.renewNow)
+	}
+	return renewed
 }
 
 // leaseLoop creates the buckets and keeps the lease until ctx ends.
@@ -100,6 +126,8 @@ func (r *Registry) leaseLoop(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-r.renewNow:
+			pause(ctx, renewWait)
+			drain(r.renewNow)
 		case <-time.After(wait):
 		}
 	}
@@ -120,13 +148,13 @@ func (r *Registry) leaseTrouble(err error) {
 func (r *Registry) renew(ctx context.Context) error {
 	start := time.Now()
 	r.lease.mu.Lock()
-	rev, draining := r.lease.revision, r.lease.draining
+	rev, draining, misfit := r.lease.revision, r.lease.draining, r.lease.misfit != nil
 	r.lease.mu.Unlock()
 	value, err := json.Marshal(r.nodeEntry(draining))
 	if err != nil {
 		return err
 	}
-	if rev == 0 {
+	if rev == 0 || misfit {
 		if err := r.createBuckets(ctx); err != nil {
 			return err
 		}
@@ -163,13 +191,14 @@ func (r *Registry) renewed(rev uint64, start time.Time, anew bool) {
 	anew = anew || !r.lease.freshLocked(r.cfg, time.Now())
 	if anew {
 		r.lease.unbroken = start
+		r.lease.doubts++ // whatever this node holds may have been given away
 	}
 	r.lease.revision, r.lease.renewed = rev, start
 	r.lease.mu.Unlock()
 	r.troubleOver()
 	if anew {
-		r.sweepSoon()    // whatever this node holds may have been given away
-		r.bus.ProbeAll() // and others may have ended their links to it
+		r.sweepSoon()
+		r.bus.ProbeAll() // others may have ended their links to this node
 	}
 }
 

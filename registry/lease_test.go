@@ -3,8 +3,10 @@ package registry
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -245,4 +247,126 @@ func TestLeaseDeletedByHand_EntriesAreNotReaped(t *testing.T) {
 		}
 		s.wantHolder(b)
 	})
+}
+
+// A bucket keeps the TTL that it was made with. A node that has another one would go by
+// a lease that the others have let go.
+func TestBucketOfAnotherLeaseTTL_NodeIsNotReady(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		first := s.node()
+		s.cfg.LeaseTTL = 6 * time.Second
+		second := s.startNode()
+		eventually(t, 10*time.Second, "the reason", func() bool { return says(second.Ready(), "20s", "6s", "--lease-ttl") })
+		_, err := second.claim("id")
+		wantErr(t, "claim", err, ErrNotReady)
+		if s.lease(second) != nil {
+			t.Error("a lease in a bucket that does not fit")
+		}
+		wantErr(t, "the node whose bucket it is", first.Ready(), nil)
+		first.Stop(t.Context())
+		if err := s.js.DeleteKeyValue(t.Context(), s.cfg.KVPrefix+"_nodes"); err != nil {
+			t.Fatal(err)
+		}
+		second.waitReady()
+	})
+}
+
+func TestBucketReplacedByOneOfAnotherTTL_NodeStopsDeciding(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		b := n.mustClaim("id")
+		name := s.cfg.KVPrefix + "_presence"
+		eventually(t, 10*time.Second, "replaced", func() bool { // before the node makes it again
+			if err := s.js.DeleteKeyValue(t.Context(), name); err != nil {
+				t.Fatal(err)
+			}
+			_, err := s.js.CreateKeyValue(t.Context(), jetstream.KeyValueConfig{Bucket: name, TTL: time.Hour, LimitMarkerTTL: markerTTL})
+			return err == nil
+		})
+		eventually(t, sweepEvery+5*time.Second, "the reason", func() bool { return says(n.Ready(), name, "1h0m0s", "0s") })
+		if err := s.js.DeleteKeyValue(t.Context(), name); err != nil {
+			t.Fatal(err)
+		}
+		n.waitReady()
+		eventually(t, sweepEvery+5*time.Second, "entry there again", func() bool { _, ok := s.entry("id"); return ok })
+		s.wantHolder(b)
+		wantQuiet(t, "eviction", b.evicted)
+	})
+}
+
+// says reports whether err has all of these words.
+func says(err error, words ...string) bool {
+	return err != nil && !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(err.Error(), w) })
+}
+
+// calmWorld runs f over three nodes in virtual time, whose leases have been unbroken
+// for long enough to conclude something.
+func calmWorld(t *testing.T, f func(w *simWorld)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		w := newSimWorld(1)
+		for i := range w.nodes {
+			w.startNode(i)
+		}
+		w.sleep(2 * w.nodes[0].cfg.LeaseTTL)
+		f(w)
+		w.sleep(10 * time.Second) // whatever is under way ends
+		for _, n := range w.all {
+			n.Stop(t.Context())
+		}
+	})
+}
+
+// The node whose turn it is to clear up never has a lease for long enough.
+func TestFirstNodeRestartsAllTheTime_AnotherClearsUp(t *testing.T) {
+	calmWorld(t, func(w *simWorld) {
+		w.claim(w.nodes[1], "one")
+		w.kill(step{Node: 1}, w.nodes[1])
+		died, bound := time.Now(), w.nodes[0].cfg.LeaseTTL+3*sweepEvery
+		for time.Since(died) < bound {
+			w.sleep(bound / 4)
+			w.kill(step{Node: 0}, w.nodes[0])
+		}
+		if e, ok := entryOf(w.holdKV.truth("one")); ok && e.State != stateGrace {
+			t.Errorf("%s after the node's end: got %s, want grace or nothing", time.Since(died), short(e, ok))
+		}
+	})
+}
+
+// Phones learn within 5 s that the node of their binary was killed, whenever that was,
+// and whether another one is frozen or not; if the KV has no leader then, when it has one.
+func TestNodeKilled_PhonesElsewhereKnow(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		frozen bool // another node that has links, too
+		stall  time.Duration
+		most   time.Duration
+	}{
+		{"all is well", false, 0, 5 * time.Second},
+		{"another one is frozen", true, 0, 5 * time.Second},
+		{"the KV has no leader", false, 9 * time.Second, 13 * time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			for i := range time.Duration(8) {
+				calmWorld(t, func(w *simWorld) {
+					w.claim(w.nodes[0], "one")
+					w.claim(w.nodes[2], "two")
+					ends := linkedPhone(t, w.nodes[1], "one")
+					linkedPhone(t, w.nodes[1], "two")
+					w.sleep(5*time.Second + i*watchEvery/8)
+					if tt.frozen {
+						w.nodes[2].port.setState(portHeld)
+						w.sleep(watchEvery + i*suspectEvery)
+					}
+					start := time.Now()
+					w.stall(tt.stall)
+					w.kill(step{Node: 0}, w.nodes[0])
+					wantErr(t, "the phone", within(t, time.Minute, "its end", ends), bus.ErrNodeGone)
+					if took := time.Since(start); took < max(deadAfter, tt.stall) || took > tt.most {
+						t.Errorf("told after %s, want at most %s", took, tt.most)
+					}
+				})
+			}
+		})
+	}
 }

@@ -18,7 +18,7 @@ type phone struct {
 
 // RegisterPhone attaches conn, a phone, to the binary of serverID, on whatever
 // node that is. It returns nil when the holder has accepted; ErrNoServer,
-// ErrTooManyPhones; ErrUndecided if nobody could tell in 4 s; ErrNotReady while
+// ErrTooManyPhones; ErrUndecided if nobody could tell in 4.5 s; ErrNotReady while
 // this node decides nothing. On nil the caller owes an UnregisterPhone.
 //
 //	(protocol.md: Close codes; architecture.md: Look-up and attach)
@@ -90,23 +90,29 @@ func (r *Registry) attach(ctx context.Context, p *phone) error {
 		if done {
 			return err
 		}
-		if !pause(ctx, wait) {
-			return a.giveUp()
+		if !pause(ctx, a.pace(wait)) {
+			return fmt.Errorf("%w: %w", ErrUndecided, a.err)
 		}
 	}
 }
 
-// attempt is one phone's way to the holder. What it has learnt so far decides
-// what 4 s without success mean.
+// attempt is one phone's way to the holder, and what it has learnt on it.
 type attempt struct {
 	r *Registry
 	p *phone
 
 	refused bus.SessionID // the holder itself says that it does not hold this one
 	silent  bus.NodeID    // a node without responders
-	since   time.Time     // the first time that it was
-	heard   time.Time     // and the latest
+	silence silence       // of that node
 	err     error
+}
+
+// pace is wait, or less if the silence of a node proves something before.
+func (a *attempt) pace(wait time.Duration) time.Duration {
+	if a.silent == "" {
+		return wait
+	}
+	return min(wait, max(retryWait, time.Until(a.silence.since.Add(deadAfter))))
 }
 
 // try looks up the holder and asks it. done says that err (or nil) is the answer.
@@ -116,16 +122,13 @@ func (a *attempt) try(ctx context.Context) (done bool, err error) {
 	case errors.Is(err, ErrNoServer):
 		return true, err
 	case err != nil:
-		a.err = err
-		if ctx.Err() == nil {
-			a.silent = "" // nobody was asked, so the silence is not unbroken
-		}
+		a.err, a.silent = err, "" // nobody was asked, so no silence is unbroken
 		return false, nil
 	}
+	asked := time.Now()
 	err = a.r.bus.Open(ctx, a.p.link, found.Node, found.Session)
-	if !errors.Is(err, bus.ErrNoResponders) && ctx.Err() == nil {
-		a.silent = ""
-	}
+	silent := a.silent
+	a.err, a.silent = err, ""
 	switch {
 	case err == nil:
 		return true, nil
@@ -136,18 +139,20 @@ func (a *attempt) try(ctx context.Context) (done bool, err error) {
 	case errors.Is(err, bus.ErrNoSession):
 		a.refused = found.Session
 	case errors.Is(err, bus.ErrNoResponders):
-		a.heard = time.Now()
-		if a.silent != found.Node {
-			a.silent, a.since = found.Node, a.heard
+		if silent != found.Node {
+			a.silence = silence{}
+		}
+		a.silent = found.Node
+		if a.silence.proves(a.r, asked) {
+			return true, ErrNoServer
 		}
 	}
-	a.err = err
 	return false, nil
 }
 
 // lookUp finds the entry of the server-id. A replica's word is enough to go and
 // ask the holder; that nobody holds it takes the leader's. A node that has just been
-// cut off asks the leader only.
+// cut off, or whose NATS connection was disturbed, asks the leader only.
 func (a *attempt) lookUp(ctx context.Context) (entry, error) {
 	r, key := a.r, bus.EncodeToken(a.p.serverID)
 	swept := r.swept()
@@ -178,14 +183,6 @@ func (a *attempt) lookUp(ctx context.Context) (entry, error) {
 		return entry{}, ErrNoServer // its node is dead
 	}
 	return e, nil
-}
-
-// giveUp says what it means that there was no answer in time.
-func (a *attempt) giveUp() error {
-	if a.silent != "" && time.Since(a.since) >= deadAfter-retryWaitMax && time.Since(a.heard) <= 2*retryWaitMax {
-		return ErrNoServer
-	}
-	return fmt.Errorf("%w: %w", ErrUndecided, a.err)
 }
 
 func (r *Registry) localHolding(serverID string) *holding {

@@ -47,13 +47,12 @@ type Registry struct {
 	sessions map[bus.SessionID]*holding   // these, and claims under way
 	phones   map[string]map[string]*phone // by server-id and conn id: phones attached through this node
 	orphans  map[bus.SessionID]orphan     // entries that this node may have left in the KV
-	suspects map[bus.NodeID]time.Time     // nodes without responders, since when
 	trouble  troubleState
 	stopped  bool // nothing is spawned any more
 
 	// Owned by sweepLoop.
 	known   map[bus.NodeID]nodeEntry // nodes that had a lease at the latest sweep
-	reapDue bool                     // entries of dead nodes may be in the KV
+	reapDue int                      // for how many sweeps entries of dead nodes may be in the KV; 0: there are none
 }
 
 // orphan is an entry to remove: a claim whose outcome was unknown, or a grace
@@ -87,8 +86,7 @@ func newOver(b *bus.Bus, cfg Config, log *slog.Logger, nodes, presence kv) *Regi
 		sessions: make(map[bus.SessionID]*holding),
 		phones:   make(map[string]map[string]*phone),
 		orphans:  make(map[bus.SessionID]orphan),
-		suspects: make(map[bus.NodeID]time.Time),
-		reapDue:  true, // whoever ran here before may have left entries
+		reapDue:  1, // whoever ran here before may have left entries
 	}
 }
 
@@ -117,6 +115,7 @@ func (r *Registry) Start() error {
 	if err := r.bus.Start(r); err != nil {
 		return err
 	}
+	r.bus.OnDisturbed(r.doubt) // it was not told what happened meanwhile
 	r.tasks.Go(func() { r.leaseLoop(r.ctx) })
 	r.tasks.Go(func() { r.sweepLoop(r.ctx) })
 	r.tasks.Go(func() { r.watchLoop(r.ctx) })
@@ -151,8 +150,11 @@ func (r *Registry) Stop(ctx context.Context) {
 	r.bus.Close()
 }
 
-// dropLease gives the lease back, so that nobody waits for its end.
+// dropLease gives the lease back, so that nobody waits for its end. A NATS that is
+// silent holds it up for dropTimeout.
 func (r *Registry) dropLease(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, dropTimeout)
+	defer cancel()
 	r.lease.mu.Lock()
 	rev := r.lease.revision
 	r.lease.mu.Unlock()
@@ -172,7 +174,8 @@ func (r *Registry) dropLease(ctx context.Context) {
 	}
 }
 
-// createBuckets makes the buckets where they are missing.
+// createBuckets makes the buckets where they are missing, and notes if one does not
+// fit this node.
 func (r *Registry) createBuckets(ctx context.Context) error {
 	if !r.bus.Connected() {
 		return errors.New("not connected to NATS")
@@ -181,11 +184,21 @@ func (r *Registry) createBuckets(ctx context.Context) error {
 		ctx, cancel := context.WithTimeout(ctx, kvTimeout) // some requests are never answered when several nodes create at once
 		err := b.create(ctx)
 		cancel()
+		if errors.Is(err, errMisfit) {
+			r.setMisfit(err)
+		}
 		if err != nil {
 			return err
 		}
 	}
+	r.setMisfit(nil)
 	return nil
+}
+
+func (r *Registry) setMisfit(err error) {
+	r.lease.mu.Lock()
+	defer r.lease.mu.Unlock()
+	r.lease.misfit = err
 }
 
 // PhonesFor returns the phones of serverID that are attached through this node.
@@ -211,6 +224,14 @@ func (r *Registry) spawn(f func()) {
 func nudge(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
+	default:
+	}
+}
+
+// drain takes back a nudge that what follows answers anyway.
+func drain(c chan struct{}) {
+	select {
+	case <-c:
 	default:
 	}
 }

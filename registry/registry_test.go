@@ -157,3 +157,16 @@ func TestStop_TellsPhonesAndEndsEverything(t *testing.T) {
 		}
 	})
 }
+
+// The lease ends by itself: a NATS that is silent does not keep a node from ending.
+func TestStop_NATSHoldsBytes_EndsSoon(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		n.proxy.Hold()
+		start := time.Now()
+		n.Stop(t.Context())
+		if took := time.Since(start); took > 2*dropTimeout {
+			t.Errorf("Stop took %s, want about %s", took, dropTimeout)
+		}
+	})
+}

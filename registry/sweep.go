@@ -34,15 +34,18 @@ func (r *Registry) sweepLoop(ctx context.Context) {
 			r.log.Warn("bucket_missing", "error", err.Error())
 		}
 		missing = err != nil
-		start := time.Now()
+		r.lease.mu.Lock()
+		doubts := r.lease.doubts
+		r.lease.mu.Unlock()
 		if missing || !r.sweep(ctx) {
 			pause(ctx, leaseRetry)
 			r.sweepSoon()
 			continue
 		}
 		r.lease.mu.Lock()
-		r.lease.swept = start
+		r.lease.swept = doubts
 		r.lease.mu.Unlock()
+		pause(ctx, sweepPause)
 	}
 }
 

@@ -4,69 +4,86 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"maps"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/pyrycode/pyrycode-relay/bus"
 )
 
-// watchLoop asks the nodes that links lead to whether they are there.
+// watchLoop has every node watched that links lead to, each on a goroutine of its own:
+// one that is slow to answer holds up nobody.
 func (r *Registry) watchLoop(ctx context.Context) {
+	var watches sync.WaitGroup
+	defer watches.Wait()
+	var watched sync.Map // the nodes that are
 	for {
-		wait := watchEvery
-		nodes := r.bus.LinkedNodes()
-		eachOf(nodes, len(nodes), func(n bus.NodeID) { r.watch(ctx, n) })
-		r.mu.Lock()
-		maps.DeleteFunc(r.suspects, func(n bus.NodeID, _ time.Time) bool { return !slices.Contains(nodes, n) })
-		if len(r.suspects) > 0 {
-			wait = suspectEvery
+		for _, n := range r.bus.LinkedNodes() {
+			if _, is := watched.LoadOrStore(n, true); !is {
+				watches.Go(func() {
+					defer watched.Delete(n)
+					r.watch(ctx, n)
+				})
+			}
 		}
-		r.mu.Unlock()
+		if !pause(ctx, watchEvery) {
+			return
+		}
+	}
+}
+
+// watch asks n whether it is there, until no link leads to it. The links end when it is
+// dead: it has been silent for deadAfter, or its lease is gone.
+func (r *Registry) watch(ctx context.Context, n bus.NodeID) {
+	var s silence
+	for slices.Contains(r.bus.LinkedNodes(), n) {
+		wait, suspected := suspectEvery, s.since
+		asked := time.Now()
+		err := r.bus.Hello(ctx, n)
+		dead := false
+		switch {
+		case err == nil || !r.bus.Connected(): // this node learns nothing about others while it is cut off itself
+			wait, s = watchEvery, silence{}
+			if err == nil && !suspected.IsZero() {
+				r.bus.ProbeAll() // it may have taken this node for dead meanwhile
+			}
+		case errors.Is(err, bus.ErrNoResponders):
+			dead = s.proves(r, asked)
+		default: // it has subscribers, so it may be frozen: only its lease tells
+			s.since = time.Now()
+			dead = r.leaseGone(ctx, n)
+		}
+		if dead {
+			r.log.Warn("node_gone", "node", string(n))
+			r.bus.EndNode(n)
+			return
+		}
 		if !pause(ctx, wait) {
 			return
 		}
 	}
 }
 
-// watch asks one node. Its links end when it is dead: nobody has responded for
-// deadAfter without a break, or its lease is gone.
-func (r *Registry) watch(ctx context.Context, n bus.NodeID) {
-	err := r.bus.Hello(ctx, n)
-	if err == nil || !r.bus.Connected() { // this node learns nothing about others while it is cut off itself
-		r.mu.Lock()
-		_, suspected := r.suspects[n]
-		delete(r.suspects, n)
-		r.mu.Unlock()
-		if err == nil && suspected {
-			r.bus.ProbeAll() // it may have taken this node for dead meanwhile
-		}
-		return
+// silence is what one observer has heard of a node that has no responders.
+type silence struct {
+	since time.Time // zero: it may have
+}
+
+// proves notes that there were no responders to a message sent at asked. It reports
+// whether that means that the node is dead: there have been none for deadAfter, and the
+// KV has taken a write of this node that began after they were gone. So it is on the
+// side of NATS that can decide: on the other one everybody is silent.
+func (s *silence) proves(r *Registry, asked time.Time) bool {
+	if s.since.IsZero() {
+		s.since = time.Now()
 	}
-	now := time.Now()
-	r.mu.Lock()
-	since, suspected := r.suspects[n]
-	if !errors.Is(err, bus.ErrNoResponders) {
-		since = now // it has subscribers, so it may be frozen: only its lease tells
-	}
-	if !suspected {
-		since = now
-	}
-	r.suspects[n] = since
-	r.mu.Unlock()
-	if now.Sub(since) < deadAfter && !r.leaseGone(ctx, n) {
-		return
-	}
-	r.log.Warn("node_gone", "node", string(n))
-	r.bus.EndNode(n)
-	r.mu.Lock()
-	delete(r.suspects, n)
-	r.mu.Unlock()
+	return r.renewedSince(s.since) && asked.Sub(s.since) >= deadAfter
 }
 
 // lookAtNodes reads the leases of all nodes. It warns of settings that differ, and
-// turns what dead nodes held into grace, if this node is the one to do that.
+// turns what dead nodes held into grace: the first node at once, the others a sweep
+// later, so that one of them does the work, whichever can.
 func (r *Registry) lookAtNodes(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, decideTimeout)
 	defer cancel()
@@ -83,12 +100,16 @@ func (r *Registry) lookAtNodes(ctx context.Context) {
 	}
 	for n := range r.known {
 		if _, ok := alive[n]; !ok {
-			r.reapDue = true
+			r.reapDue = max(r.reapDue, 1)
 		}
 	}
 	r.known = alive
-	if r.reapDue && first == me && r.unbrokenFor() >= r.cfg.LeaseTTL {
-		r.reapDue = !r.reap(ctx, alive)
+	switch {
+	case r.reapDue == 0 || r.unbrokenFor() < r.cfg.LeaseTTL:
+	case first != me && r.reapDue == 1:
+		r.reapDue = 2 // the first one is about to do it, unless it cannot
+	case r.reap(ctx, alive):
+		r.reapDue = 0
 	}
 }
 
