@@ -108,7 +108,7 @@ func (w *simWorld) namedLocked(serverID string, session bus.SessionID, from, to 
 		if c.at.After(to) {
 			break
 		}
-		named = c.ok && c.e.Session == session || named && c.at.After(from) && c.at.Before(to)
+		named = c.ok && c.e.Session == session || named && c.at.After(from)
 	}
 	return named
 }
