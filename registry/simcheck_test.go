@@ -226,7 +226,7 @@ func (w *simWorld) checkToldLocked(p *simPhone, session bus.SessionID, err error
 		switch {
 		case b.session != (bus.SessionID{}) && b.session == session:
 			binary = b
-		case errors.Is(err, bus.ErrNoSession) && w.reachableLocked(p.at, b, time.Now().Add(-decideTimeout)):
+		case b.serverID == p.serverID && errors.Is(err, bus.ErrNoSession) && w.reachableLocked(p.at, b, time.Now().Add(-decideTimeout)):
 			complain(b.id + " was there all the time")
 		}
 	}
@@ -356,12 +356,12 @@ func (w *simWorld) checkClaim(n *simNode, id string) {
 func (w *simWorld) checkHolder(holder *simBinary) {
 	id := holder.serverID
 	for _, n := range w.nodes {
-		p := &simPhone{w: w, id: fmt.Sprintf("last-%p", n), serverID: id, at: n}
-		p.link = n.Bus().NewLink(id, p.id, p)
-		err := n.RegisterPhone(id, p, WithLink(p.link))
+		p := &simPhone{id: fmt.Sprintf("last-%p", n)}
+		link := n.Bus().NewLink(id, p.id, simReceiver{})
+		err := n.RegisterPhone(id, p, WithLink(link))
 		rival := n.ClaimServer(id, &simBinary{id: "rival"})
 		w.mu.Lock()
-		if err != nil || p.link.Session() != holder.session {
+		if err != nil || link.Session() != holder.session {
 			w.breakLocked("%s: dial on %s in the end: %v", id, n.port.id, err)
 		}
 		if !errors.Is(rival, ErrServerIDConflict) {

@@ -44,9 +44,10 @@ func TestSimulation_KnownSchedules(t *testing.T) {
 		}},
 		{"SilentForASecond_IsNotDeadForALookUp", []step{
 			{After: 0, Do: "claim", Node: 1},
-			{After: 5000 * ms, Do: "held", Node: 1, For: 8500 * ms}, // nobody responds from 6 s on
-			{After: 3300 * ms, Do: "dial", Node: 0},
+			{After: 5000 * ms, Do: "held", Node: 1, For: 10_000 * ms}, // nobody responds from 6 s on
+			{After: 4200 * ms, Do: "dial", Node: 0},
 			{After: 500 * ms, Do: "dial", Node: 2},
+			{After: 500 * ms, Do: "dial", Node: 0},
 		}},
 		{"SilentForASecond_IsNotDeadForPhones", []step{
 			{After: 0, Do: "claim", Node: 1},
