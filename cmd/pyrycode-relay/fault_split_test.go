@@ -109,8 +109,11 @@ func splitNATS(t *testing.T, leaderAlone bool) {
 	for _, id := range []string{stayedID, hereID} {
 		majority.await(swept, t, id, "held by "+aloneNode)
 	}
-	for _, n := range p.nodes {
-		meet(back, t, dialPhone(back, t, n, movedID), again, "after")
+	go echo(ctx, again)
+	for i, n := range p.nodes {
+		if after := new(tally); !p.find(back, t, after, n, movedID, again) {
+			t.Errorf("phones that dial node-%d for the binary that moved: %v, want one that meets it", i+1, after.all())
+		}
 	}
 	stop()
 	dialling.Wait()
