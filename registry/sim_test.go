@@ -21,6 +21,10 @@ import (
 // things right: a renewal, one sweep, and the calls that they make.
 const simSettle = leaseRetry + kvTimeout + sweepEvery + time.Second
 
+// simConfig has short times where nothing depends on them: each second costs 3 nodes'
+// doings.
+var simConfig = Config{Grace: 8 * time.Second, ProbeTimeout: 4 * time.Second}.withDefaults()
+
 // TestSimulation runs three nodes in virtual time over a NATS and a KV that fail as
 // the real ones were measured to. Whatever happens:
 //
@@ -129,7 +133,7 @@ func drawStep(t *rapid.T) step {
 	}
 	return step{
 		After: after, Do: rapid.SampledFrom(simDeed).Draw(t, "do"), Node: rapid.IntRange(0, 2).Draw(t, "node"),
-		ID: rapid.IntRange(0, len(simIDs)-1).Draw(t, "id"), For: ms("for", 35_000),
+		ID: rapid.IntRange(0, len(simIDs)-1).Draw(t, "id"), For: ms("for", rapid.SampledFrom([]int{35_000, 10_000, 10_000}).Draw(t, "longest")),
 		A: rapid.Bool().Draw(t, "a"), B: rapid.Bool().Draw(t, "b"),
 	}
 }
@@ -216,7 +220,7 @@ func (p *simPhone) Close()             {}
 func newSimWorld(seed uint64) *simWorld {
 	w := &simWorld{start: time.Now(), net: newSimNet(seed), cluster: &simCluster{}, commits: make(map[string][]simCommit), outcomes: make(map[string]int)}
 	w.calmAt = w.start
-	w.nodesKV = newSimStore(w.net, w.cluster, Config{}.withDefaults().LeaseTTL)
+	w.nodesKV = newSimStore(w.net, w.cluster, simConfig.LeaseTTL)
 	w.holdKV = newSimStore(w.net, w.cluster, 0)
 	w.holdKV.wrote = func(key string, rec record) {
 		e, ok := entryOf(rec)
@@ -263,7 +267,7 @@ func (w *simWorld) startNode(i int) {
 		n.cuts = append(n.cuts, interval{from: time.Now()})
 	}
 	log := slog.New(slog.DiscardHandler)
-	n.Registry = newOver(bus.NewOver(n.port, id, bus.Config{}, log), Config{}.withDefaults(), log,
+	n.Registry = newOver(bus.NewOver(n.port, id, bus.Config{}, log), simConfig, log,
 		simBucket{w.nodesKV, n.port}, simBucket{w.holdKV, n.port})
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -256,7 +256,7 @@ func (w *simWorld) checkToldLocked(p *simPhone, session bus.SessionID, err error
 // calm waits until all is as it should be, or with long as long as that may take: then
 // nothing may change any more.
 func (w *simWorld) calm(long bool) {
-	most := 2*Config{}.withDefaults().LeaseTTL + 2*sweepEvery + Config{}.withDefaults().Grace
+	most := 2*simConfig.LeaseTTL + 2*sweepEvery + simConfig.Grace
 	for end := time.Now().Add(most); time.Now().Before(end) && (long || len(w.left()) > 0); {
 		w.sleep(time.Second)
 	}
@@ -308,14 +308,14 @@ func (w *simWorld) checkEnd() {
 		w.breakLocked("%s", why)
 		w.mu.Unlock()
 	}
-	for _, id := range simIDs {
+	for i, id := range simIDs {
 		if holder := w.connected(id, true); holder != nil {
 			w.mu.Lock()
 			holder.mute = false
 			w.mu.Unlock()
 			w.checkHolder(holder)
 		}
-		for _, n := range w.nodes {
+		for _, n := range w.nodes[i:] {
 			if holder := w.connected(id, true); holder != nil {
 				w.mu.Lock()
 				holder.gone = time.Now()
