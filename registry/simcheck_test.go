@@ -113,6 +113,21 @@ func (w *simWorld) namedLocked(serverID string, session bus.SessionID, from, to 
 	return named
 }
 
+// takenLocked reports whether the KV, at some time since from, named another session
+// than that one.
+func (w *simWorld) takenLocked(serverID string, session bus.SessionID, from time.Time) bool {
+	taken := false
+	for _, c := range w.commits[bus.EncodeToken(serverID)] {
+		other := c.ok && c.e.Session != session
+		if c.at.After(from) {
+			taken = taken || other
+		} else {
+			taken = other
+		}
+	}
+	return taken
+}
+
 // heldThroughoutLocked reports whether the KV named session all the time from from
 // until now.
 func (w *simWorld) heldThroughoutLocked(serverID string, session bus.SessionID, from time.Time) bool {
@@ -177,8 +192,8 @@ func later(a, b time.Time) time.Time {
 // lease that was over does not trust what it held before.
 func (w *simWorld) checkAttachedLocked(n *simNode, serverID string, session bus.SessionID, called time.Time) {
 	if back := w.nodesKV.gap(string(n.port.id), n.cfg.freshFor(), called); !back.IsZero() && longest(n.less, back) == 0 &&
-		!w.namedLocked(serverID, session, back, time.Now()) {
-		w.breakLocked("phone on %s, back since %.3f, attached to session %.4x of %s, which the KV does not name", n.port.id, back.Sub(w.start).Seconds(), session[:2], serverID)
+		!w.namedLocked(serverID, session, back, time.Now()) && w.takenLocked(serverID, session, back) {
+		w.breakLocked("phone on %s, back since %.3f, attached to session %.4x of %s, and the KV names another one", n.port.id, back.Sub(w.start).Seconds(), session[:2], serverID)
 	}
 	before := called.Add(-100 * time.Millisecond)
 	if w.faults > 0 || before.Sub(w.calmAt) < 6*time.Second { // a replica may lag for that long
