@@ -244,12 +244,6 @@ func (w *simWorld) noteLocked(format string, v ...any) {
 	fmt.Fprintf(&w.history, format+"\n", v...)
 }
 
-func (w *simWorld) note(format string, v ...any) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.noteLocked(format, v...)
-}
-
 // breakLocked notes a broken promise.
 func (w *simWorld) breakLocked(format string, v ...any) {
 	w.broken = append(w.broken, fmt.Sprintf("%.3f ", time.Since(w.start).Seconds())+fmt.Sprintf(format, v...))
