@@ -1,5 +1,3 @@
-//go:build histories
-
 package registry
 
 import (
@@ -378,7 +376,7 @@ func (c *client) call() {
 		err = c.claim(n)
 	case pick < 8:
 		c.release()
-	default:
+	case !c.mine.muted.Load(): // it is mute since the first time
 		c.mine.tenure.muted = c.run.now()
 		c.mine.muted.Store(true)
 	}
@@ -581,6 +579,9 @@ func (run *historyRun) judge() {
 		}
 	})
 	t.Logf("%d rounds, %d operations, %d faults, %.0f s", len(run.rounds), ops, run.faults, run.now().Seconds())
+	if len(run.rounds) < historyRounds {
+		t.Errorf("%d rounds, want at least %d", len(run.rounds), historyRounds)
+	}
 	for _, what := range slices.Sorted(maps.Keys(run.tally)) {
 		t.Logf("%6d %s", run.tally[what], what)
 	}

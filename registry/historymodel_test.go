@@ -1,5 +1,3 @@
-//go:build histories
-
 package registry
 
 import (

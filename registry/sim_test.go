@@ -21,6 +21,10 @@ import (
 // things right: a renewal, one sweep, and the calls that they make.
 const simSettle = leaseRetry + kvTimeout + sweepEvery + time.Second
 
+// simConfig has short times where nothing depends on them: each second costs 3 nodes'
+// doings.
+var simConfig = Config{Grace: 8 * time.Second, ProbeTimeout: 4 * time.Second}.withDefaults()
+
 // TestSimulation runs three nodes in virtual time over a NATS and a KV that fail as
 // the real ones were measured to. Whatever happens:
 //
@@ -32,31 +36,73 @@ const simSettle = leaseRetry + kvTimeout + sweepEvery + time.Second
 //     node could reach
 //   - a phone is attached to the session that the KV names
 //   - a connected binary is in the KV, or is closed, simSettle after the last fault
+//   - a phone is told 4404 only if the KV does not name its session any more, or its
+//     node is dead or was silent for long enough
 //   - every call ends within its bound
-//   - in the end nothing is left of binaries that have gone
+//   - in the end nothing is left of binaries that have gone, every phone is on a
+//     session that is there, and claims and dials succeed on every node
+//
+// The schedules are played in two halves, one for each of two CPUs.
 func TestSimulation(t *testing.T) {
 	t.Parallel()
 	checks := flag.Lookup("rapid.checks")
 	if checks.Value.String() == checks.DefValue {
-		if err := checks.Value.Set("2000"); err != nil {
+		if err := checks.Value.Set("1000"); err != nil {
 			t.Fatal(err)
 		}
 	}
-	rapid.Check(t, func(rt *rapid.T) {
-		seed := rapid.Uint64().Draw(rt, "seed")
-		steps := rapid.SliceOfN(rapid.Custom(drawStep), 1, 30).Draw(rt, "steps")
-		broken := ""
-		synctest.Test(t, func(*testing.T) {
-			w := newSimWorld(seed)
-			w.run(steps)
-			if len(w.broken) > 0 {
-				broken = strings.Join(w.broken, "\n") + "\n" + w.history.String()
-			}
+	for _, half := range []string{"First", "Second"} {
+		t.Run(half, func(t *testing.T) {
+			t.Parallel()
+			total := make(tally)
+			rapid.Check(t, func(rt *rapid.T) {
+				seed := rapid.Uint64().Draw(rt, "seed")
+				steps := rapid.SliceOfN(rapid.Custom(drawStep), 1, 30).Draw(rt, "steps")
+				if rapid.Bool().Draw(rt, "begun") { // half of them with somebody to lose
+					steps = append([]step{{Do: "claim", Node: 1}, {After: 500 * time.Millisecond, Do: "dial", Node: 2}, {Do: "dial", Node: 1}}, steps...)
+				}
+				broken := ""
+				synctest.Test(t, func(*testing.T) {
+					w := newSimWorld(seed)
+					w.run(seed, steps)
+					total.add(w.outcomes)
+					if len(w.broken) > 0 {
+						broken = strings.Join(w.broken, "\n") + "\n" + w.history.String()
+					}
+				})
+				if broken != "" {
+					rt.Fatal(broken)
+				}
+			})
+			total.want(t)
 		})
-		if broken != "" {
-			rt.Fatal(broken)
+	}
+}
+
+// tally counts how calls ended, and what phones were told. Owned by one goroutine.
+type tally map[string]int
+
+func (c tally) add(more map[string]int) {
+	c["schedules"]++
+	for what, n := range more {
+		c[what] += n
+	}
+}
+
+// want fails the test if something happened in almost no schedule: then there was
+// nothing to check.
+func (c tally) want(t *testing.T) {
+	t.Helper()
+	t.Logf("outcomes: %v", c)
+	for what, least := range map[string]float64{
+		"claim: ok": 1, "claim: " + ErrServerIDConflict.Error(): 0.1, "claim: " + ErrUndecided.Error(): 0.01,
+		"dial: ok": 0.5, "dial: " + ErrNoServer.Error(): 0.1, "dial: " + ErrNotReady.Error(): 0.01,
+		"end: " + bus.ErrReclaimed.Error(): 0.05, "end: " + bus.ErrGraceOver.Error(): 0.01, "end: " + bus.ErrNodeGone.Error(): 0.005,
+	} {
+		if got := float64(c[what]) / float64(c["schedules"]); got < least {
+			t.Errorf("%q: %d times in %d schedules, want at least %v in each", what, c[what], c["schedules"], least)
 		}
-	})
+	}
 }
 
 // step is one thing that happens, some time after the one before.
@@ -73,7 +119,7 @@ var (
 	simIDs  = []string{"one", "two.*"}
 	simDeed = []string{
 		"claim", "claim", "claim", "dial", "dial", "dial", "release", "mute", "hang up",
-		"split", "move", "held", "away", "election", "rough", "nats down", "wipe", "kill",
+		"split", "move", "held", "away", "election", "rough", "nats down", "wipe", "kill", "dial once ready",
 	}
 )
 
@@ -87,7 +133,7 @@ func drawStep(t *rapid.T) step {
 	}
 	return step{
 		After: after, Do: rapid.SampledFrom(simDeed).Draw(t, "do"), Node: rapid.IntRange(0, 2).Draw(t, "node"),
-		ID: rapid.IntRange(0, len(simIDs)-1).Draw(t, "id"), For: ms("for", 35_000),
+		ID: rapid.IntRange(0, len(simIDs)-1).Draw(t, "id"), For: ms("for", rapid.SampledFrom([]int{35_000, 10_000, 10_000}).Draw(t, "longest")),
 		A: rapid.Bool().Draw(t, "a"), B: rapid.Bool().Draw(t, "b"),
 	}
 }
@@ -106,10 +152,14 @@ type simWorld struct {
 	busy     int  // tasks under way
 	all      []*simNode
 	binaries []*simBinary
-	phones   []*simPhone
+	dialled  int
+	phones   []*simPhone            // that were attached and have not hung up
 	commits  map[string][]simCommit // by key
 	faults   int                    // under way
 	calmAt   time.Time              // end of the latest
+	stopping bool                   // all is over: what ends now ends with its node
+	outcomes map[string]int         // of calls and of phones, while steps are played
+	counted  bool
 	broken   []string
 	history  strings.Builder
 }
@@ -147,10 +197,17 @@ type simBinary struct {
 	gone    time.Time   // released or evicted; zero: connected
 }
 
+// simPhone is a phone, and the bus.Receiver of its link.
 type simPhone struct {
+	w        *simWorld
 	id       string
 	serverID string
 	at       *simNode
+	link     *bus.Link
+
+	// Guarded by simWorld.mu.
+	attached time.Time // zero: not yet
+	over     bool      // it has hung up, or was told of its end
 }
 
 func (b *simBinary) ConnID() string    { return b.id }
@@ -161,9 +218,9 @@ func (p *simPhone) Send([]byte) error  { return nil }
 func (p *simPhone) Close()             {}
 
 func newSimWorld(seed uint64) *simWorld {
-	w := &simWorld{start: time.Now(), net: newSimNet(seed), cluster: &simCluster{}, commits: make(map[string][]simCommit)}
+	w := &simWorld{start: time.Now(), net: newSimNet(seed), cluster: &simCluster{}, commits: make(map[string][]simCommit), outcomes: make(map[string]int)}
 	w.calmAt = w.start
-	w.nodesKV = newSimStore(w.net, w.cluster, Config{}.withDefaults().LeaseTTL)
+	w.nodesKV = newSimStore(w.net, w.cluster, simConfig.LeaseTTL)
 	w.holdKV = newSimStore(w.net, w.cluster, 0)
 	w.holdKV.wrote = func(key string, rec record) {
 		e, ok := entryOf(rec)
@@ -187,12 +244,6 @@ func (w *simWorld) noteLocked(format string, v ...any) {
 	fmt.Fprintf(&w.history, format+"\n", v...)
 }
 
-func (w *simWorld) note(format string, v ...any) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.noteLocked(format, v...)
-}
-
 // breakLocked notes a broken promise.
 func (w *simWorld) breakLocked(format string, v ...any) {
 	w.broken = append(w.broken, fmt.Sprintf("%.3f ", time.Since(w.start).Seconds())+fmt.Sprintf(format, v...))
@@ -210,7 +261,7 @@ func (w *simWorld) startNode(i int) {
 		n.cuts = append(n.cuts, interval{from: time.Now()})
 	}
 	log := slog.New(slog.DiscardHandler)
-	n.Registry = newOver(bus.NewOver(n.port, id, bus.Config{}, log), Config{}.withDefaults(), log,
+	n.Registry = newOver(bus.NewOver(n.port, id, bus.Config{}, log), simConfig, log,
 		simBucket{w.nodesKV, n.port}, simBucket{w.holdKV, n.port})
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -222,7 +273,7 @@ func (w *simWorld) startNode(i int) {
 }
 
 // run plays the steps, lets all faults end, and looks at what is left.
-func (w *simWorld) run(steps []step) {
+func (w *simWorld) run(seed uint64, steps []step) {
 	for i := range w.nodes {
 		w.startNode(i)
 	}
@@ -241,10 +292,16 @@ func (w *simWorld) run(steps []step) {
 	w.await()
 	w.sleep(simSettle)
 	w.checkRegistered()
-	w.sleep(2*Config{}.withDefaults().LeaseTTL + 2*sweepEvery + Config{}.withDefaults().Grace)
+	w.calm(seed%8 == 0)
+	w.mu.Lock()
+	w.counted = true
+	w.mu.Unlock()
 	w.checkEnd()
 	stop()
 	watch.Wait()
+	w.mu.Lock()
+	w.stopping = true
+	w.mu.Unlock()
 	for _, n := range w.all {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		n.Stop(ctx)
@@ -274,7 +331,7 @@ func (w *simWorld) await() {
 		if busy == 0 {
 			return
 		}
-		w.sleep(simDelay)
+		w.sleep(20 * simDelay)
 	}
 }
 
@@ -301,6 +358,7 @@ func (w *simWorld) takePhone() (p *simPhone) {
 	defer w.mu.Unlock()
 	if len(w.phones) > 0 {
 		p, w.phones = w.phones[0], w.phones[1:]
+		p.over = true
 	}
 	return p
 }
@@ -319,9 +377,12 @@ func (w *simWorld) leave(b *simBinary, why string) {
 	}
 }
 
+// A pong takes its time: other claims come meanwhile.
+const pingLeast, pingMost = 50 * time.Millisecond, 500 * time.Millisecond
+
 func (b *simBinary) ping(ctx context.Context) error {
 	sent := time.Now()
-	if !pause(ctx, simDelay) {
+	if !pause(ctx, pingLeast+b.w.net.upTo(pingMost-pingLeast)) {
 		return ctx.Err()
 	}
 	b.w.mu.Lock()
@@ -338,7 +399,7 @@ func (b *simBinary) ping(ctx context.Context) error {
 }
 
 // claim is a binary that dials n: once without a probe, then parked.
-func (w *simWorld) claim(n *simNode, serverID string) {
+func (w *simWorld) claim(n *simNode, serverID string) (*simBinary, error) {
 	w.mu.Lock()
 	b := &simBinary{id: fmt.Sprintf("b%d", len(w.binaries)), serverID: serverID, at: n, w: w}
 	w.binaries = append(w.binaries, b)
@@ -349,26 +410,50 @@ func (w *simWorld) claim(n *simNode, serverID string) {
 	if errors.Is(err, ErrHeld) {
 		err = w.claimOnce(b, max(parkTimeout, n.ProbeTimeout()+kvTimeout), opts...)
 	}
-	w.note("%s claimed: %v", b.id, err)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.noteLocked("%s claimed: %v", b.id, err)
+	w.countLocked("claim", err)
+	return b, err
+}
+
+// countLocked counts how a call ended, by the error of the registry.
+func (w *simWorld) countLocked(call string, err error) {
+	if w.counted {
+		return
+	}
+	how := "ok"
+	for _, e := range []error{ErrNoServer, ErrServerIDConflict, ErrUndecided, ErrNotReady, bus.ErrReclaimed, bus.ErrGraceOver, bus.ErrNodeGone} {
+		if errors.Is(err, e) {
+			how = e.Error()
+		}
+	}
+	w.outcomes[call+": "+how]++
 }
 
 // dial is a phone that dials n.
 func (w *simWorld) dial(n *simNode, serverID string) {
 	called := time.Now()
-	p := &simPhone{id: fmt.Sprintf("p-%p", &called), serverID: serverID, at: n}
-	link := n.Bus().NewLink(serverID, p.id, simReceiver{})
-	err := n.RegisterPhone(serverID, p, WithLink(link))
+	w.mu.Lock()
+	w.dialled++
+	p := &simPhone{w: w, id: fmt.Sprintf("p%d", w.dialled), serverID: serverID, at: n}
+	w.mu.Unlock()
+	p.link = n.Bus().NewLink(serverID, p.id, p)
+	err := n.RegisterPhone(serverID, p, WithLink(p.link))
+	session := p.link.Session()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.noteLocked("dial %s on %s since %.3f: %v", serverID, n.port.id, called.Sub(w.start).Seconds(), err)
+	w.noteLocked("%s dialled %s on %s since %.3f: %v", p.id, serverID, n.port.id, called.Sub(w.start).Seconds(), err)
+	w.countLocked("dial", err)
 	if took := time.Since(called); took > decideTimeout+simDelay {
 		w.breakLocked("dial took %s", took)
 	}
 	w.checkDecisionLocked(n, err)
 	switch {
 	case err == nil:
+		p.attached = called
 		w.phones = append(w.phones, p)
-		w.checkAttachedLocked(n, serverID, link.Session(), called)
+		w.checkAttachedLocked(n, serverID, session, called)
 	case errors.Is(err, ErrNoServer):
 		for _, b := range w.binaries {
 			if b.serverID == serverID && w.reachableLocked(n, b, called) {
@@ -379,7 +464,26 @@ func (w *simWorld) dial(n *simNode, serverID string) {
 	}
 }
 
+// simReceiver is a phone whose end nobody asks about.
 type simReceiver struct{}
 
 func (simReceiver) Deliver(l *bus.Link, p []byte) { l.Consumed(len(p)) }
 func (simReceiver) End(*bus.Link, error)          {}
+
+// Deliver implements bus.Receiver.
+func (p *simPhone) Deliver(l *bus.Link, frame []byte) { l.Consumed(len(frame)) }
+
+// End implements bus.Receiver.
+func (p *simPhone) End(l *bus.Link, err error) {
+	p.w.holdKV.truth(bus.EncodeToken(p.serverID)) // brings it up to now
+	session := l.Session()
+	p.w.mu.Lock()
+	defer p.w.mu.Unlock()
+	if p.over || p.w.stopping {
+		return
+	}
+	p.over = true
+	p.w.noteLocked("%s is told: %v", p.id, err)
+	p.w.countLocked("end", err)
+	p.w.checkToldLocked(p, session, err)
+}

@@ -58,6 +58,13 @@ func (w *simWorld) do(s step) {
 		w.spawn(func() { w.claim(n, serverID) })
 	case "dial":
 		w.spawn(func() { w.dial(n, serverID) })
+	case "dial once ready": // of many phones one is there at once
+		w.spawn(func() {
+			for end := time.Now().Add(30 * time.Second); n.Ready() != nil && time.Now().Before(end); {
+				w.sleep(2 * simDelay)
+			}
+			w.dial(n, serverID)
+		})
 	case "release":
 		if b := w.connected(serverID, s.A); b != nil {
 			w.leave(b, "release")

@@ -36,12 +36,37 @@ func TestSimulation_KnownSchedules(t *testing.T) {
 			{After: 1000 * ms, Do: "dial", Node: 2},
 			{After: 1000 * ms, Do: "dial", Node: 2},
 		}},
+		{"LeaseCameBack_ItsTablesAreAHint", []step{
+			{After: 0, Do: "claim", Node: 1},
+			{After: 1000 * ms, Do: "away", Node: 1, For: 8 * 30_000 * ms},
+			{After: 25_000 * ms, Do: "claim", Node: 0},
+			{After: 1000 * ms, Do: "dial once ready", Node: 1},
+		}},
+		{"SilentForASecond_IsNotDeadForALookUp", []step{
+			{After: 0, Do: "claim", Node: 1},
+			{After: 5000 * ms, Do: "held", Node: 1, For: 10_000 * ms}, // nobody responds from 6 s on
+			{After: 4200 * ms, Do: "dial", Node: 0},
+			{After: 500 * ms, Do: "dial", Node: 2},
+			{After: 500 * ms, Do: "dial", Node: 0},
+		}},
+		{"SilentForASecond_IsNotDeadForPhones", []step{
+			{After: 0, Do: "claim", Node: 1},
+			{After: 500 * ms, Do: "dial", Node: 0},
+			{After: 500 * ms, Do: "dial", Node: 2},
+			{After: 3000 * ms, Do: "away", Node: 1, For: 8 * 2000 * ms},
+		}},
+		{"ClaimsDuringAPing_WaitForTheNext", []step{
+			{After: 0, Do: "claim", Node: 1},
+			{After: 1000 * ms, Do: "claim", Node: 0},
+			{After: 200 * ms, Do: "claim", Node: 2},
+			{After: 50 * ms, Do: "claim", Node: 1},
+		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			for seed := range uint64(20) { // the length of elections, and so on
 				synctest.Test(t, func(t *testing.T) {
 					w := newSimWorld(seed)
-					w.run(tt.steps)
+					w.run(seed, tt.steps)
 					if len(w.broken) > 0 {
 						t.Errorf("seed %d: %s\n%s", seed, strings.Join(w.broken, "\n"), w.history.String())
 					}

@@ -128,6 +128,39 @@ func (s *simStore) asOf(key string, t time.Time) record {
 	return record{}
 }
 
+// missing reports whether key was not there at some time since from.
+func (s *simStore) missing(key string, from time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ageLocked()
+	for _, v := range slices.Backward(s.log[key]) {
+		if !v.exists {
+			return true
+		}
+		if v.at.Before(from) {
+			return false
+		}
+	}
+	return true
+}
+
+// gap is the end of the latest time before to, longer than d, without a write to key.
+func (s *simStore) gap(key string, d time.Duration, to time.Time) (end time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var last time.Time
+	for _, v := range s.log[key] {
+		if !v.exists || v.at.After(to) {
+			continue
+		}
+		if !last.IsZero() && v.at.Sub(last) > d {
+			end = v.at
+		}
+		last = v.at
+	}
+	return end
+}
+
 // lastAsOf is the latest revision of the bucket as of t.
 func (s *simStore) lastAsOf(t time.Time) uint64 {
 	s.mu.Lock()

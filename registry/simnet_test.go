@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -49,7 +50,8 @@ type simPort struct {
 	answers   map[string]chan *nats.Msg
 	disturbed []func()
 	requests  int
-	deaf      map[bus.NodeID][]time.Time // when NATS said that nobody listens there
+	deaf      map[bus.NodeID][]time.Time // when NATS said to a HELLO that nobody listens there
+	unheard   map[bus.NodeID][]time.Time // when it said so to anything
 }
 
 type simMsg struct {
@@ -63,7 +65,7 @@ func newSimNet(seed uint64) *simNet {
 }
 
 func (n *simNet) port(id bus.NodeID) *simPort {
-	p := &simPort{net: n, id: id, answers: make(map[string]chan *nats.Msg), deaf: make(map[bus.NodeID][]time.Time)}
+	p := &simPort{net: n, id: id, answers: make(map[string]chan *nats.Msg), deaf: make(map[bus.NodeID][]time.Time), unheard: make(map[bus.NodeID][]time.Time)}
 	n.mu.Lock()
 	n.ports[id] = p
 	n.mu.Unlock()
@@ -212,11 +214,21 @@ func (p *simPort) deafTo(node bus.NodeID, t time.Time) (n int) {
 	return n
 }
 
-// nodeOf is the node that reads subject: the word before the last one.
-func nodeOf(subject string) bus.NodeID {
-	words := strings.Split(subject, ".")
-	return bus.NodeID(words[len(words)-2])
+// silence is how long ago NATS said for the first time since t, to p or to q, that
+// nobody listens at the other one; 0: never.
+func (p *simPort) silence(q *simPort, t time.Time) (d time.Duration) {
+	p.net.mu.Lock()
+	defer p.net.mu.Unlock()
+	for _, heard := range slices.Concat(p.unheard[q.id], q.unheard[p.id]) {
+		if !heard.Before(t) {
+			d = max(d, time.Since(heard))
+		}
+	}
+	return d
 }
+
+// nodeOf is the node that reads subject: pyrycode.relay.v1.<node>.…
+func nodeOf(subject string) bus.NodeID { return bus.NodeID(strings.Split(subject, ".")[3]) }
 
 func (p *simPort) Request(ctx context.Context, subject string, data []byte) (*nats.Msg, error) {
 	p.net.mu.Lock()
@@ -227,8 +239,11 @@ func (p *simPort) Request(ctx context.Context, subject string, data []byte) (*na
 	known := to != nil && (to.state == portLinked || to.state == portHeld) &&
 		(!p.net.split || !p.net.closed || p.net.minority[p.id] == p.net.minority[to.id])
 	deaf := p.state == portLinked && !known
-	if deaf && strings.HasSuffix(subject, ".node") {
-		p.deaf[nodeOf(subject)] = append(p.deaf[nodeOf(subject)], time.Now())
+	if node := nodeOf(subject); deaf {
+		p.unheard[node] = append(p.unheard[node], time.Now())
+		if strings.HasSuffix(subject, ".node") {
+			p.deaf[node] = append(p.deaf[node], time.Now())
+		}
 	}
 	p.net.mu.Unlock()
 	time.Sleep(simDelay) //nolint:forbidigo // virtual time

@@ -103,7 +103,7 @@ func TestGatewayKilled_AllKnowAndTheKVForgets(t *testing.T) {
 // thaws.
 func TestGatewayFrozen_ForLongerThanItsLease(t *testing.T) {
 	t.Parallel()
-	p := place{kv: lookInto(t, calmNATS.get(t))}
+	p := place{kv: lookInto(t, calmNATS.get(t).urls())}
 	victim := startProcess(t, p.flags(0, "nats://"+calmNATS.get(t)[0].address, lapseFlags...)...)
 	lapse(t, p, victim, fault{
 		begin: func() { victim.signal(t, syscall.SIGSTOP) },
@@ -115,7 +115,7 @@ func TestGatewayFrozen_ForLongerThanItsLease(t *testing.T) {
 // packet. It says so, and those who are on it together do not notice.
 func TestGatewayCutOffFromNATS_ForLongerThanItsLease(t *testing.T) {
 	t.Parallel()
-	p := place{kv: lookInto(t, calmNATS.get(t))}
+	p := place{kv: lookInto(t, calmNATS.get(t).urls())}
 	way, err := testenv.NewProxy(calmNATS.get(t)[0].address)
 	if err != nil {
 		t.Fatal(err)

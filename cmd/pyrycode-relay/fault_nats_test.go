@@ -176,6 +176,58 @@ func TestNATSLeaderFrozen(t *testing.T) {
 	near.wantWhole(ctx, t, "the pair on one node")
 }
 
+// Two of three NATS servers are gone. The third one takes every message, and its
+// buckets can be read, but nothing can be written: the nodes notice by their leases,
+// although they are connected, and whoever does not need the KV goes on.
+func TestNATSWithoutMajority_NothingCanBeWritten(t *testing.T) {
+	t.Parallel()
+	ctx := scenarioContext(t, 3*time.Minute)
+	trio := ownTrio(t)
+	p := place{kv: lookInto(t, trio.urls())}
+	for i := range p.nodes {
+		p.nodes[i] = startProcess(t, p.flags(i, "nats://"+trio[2].address, "--lease-ttl", shortLease.String())...)
+	}
+	near := converseAcross(ctx, t, p.nodes[0], p.nodes[0], randomUUID())
+	far := converseAcross(ctx, t, p.nodes[1], p.nodes[2], randomUUID())
+	idleID := randomUUID()
+	idle := dialBinary(ctx, t, p.nodes[0], idleID)
+
+	killed := time.Now()
+	trio[0].kill()
+	trio[1].kill()
+	noticed := within(ctx, t, killed, shortLease*3/4+slack)
+	for _, n := range p.nodes {
+		eventually(noticed, t, "503", func() bool { return !isReady(t, n) })
+	}
+	t.Logf("all nodes had noticed after %v", sinceMS(killed))
+	lasts(ctx, killed, shortLease+linkLimit)
+	for _, n := range p.nodes {
+		wantUnready(ctx, t, n, "lease not renewed") // and not that the connection is lost
+	}
+	near.wantGoingOn(ctx, t, "without a majority")
+	far.wantGoingOn(ctx, t, "without a majority")
+
+	trio[0].restart(t)
+	trio[1].restart(t)
+	for _, s := range trio {
+		waitForOK(t, s.health) // elections are NATS' own
+	}
+	restarted := time.Now()
+	back := within(ctx, t, restarted, backWithin)
+	for _, n := range p.nodes {
+		eventually(back, t, "readiness", func() bool { return isReady(t, n) })
+	}
+	p.kv.await(back, t, idleID, "held by node-1")
+	meet(back, t, dialPhone(back, t, p.nodes[2], idleID), idle, "after")
+	smokeBetween(t, p.nodes[:]...)
+	if back.Err() != nil {
+		t.Errorf("not everything worked within %v", backWithin)
+	}
+	t.Logf("everything worked %v after NATS did", sinceMS(restarted))
+	near.wantWhole(ctx, t, "the pair on one node")
+	far.wantWhole(ctx, t, "the pair on two nodes")
+}
+
 // claimUntilDecided has six binaries claim until each has its server-id and a phone
 // elsewhere has met it, as soon as NATS can have a leader again. Three try one node
 // again and again, three go round. All that they may be told before is 503, in time,
@@ -224,7 +276,7 @@ func (p place) claim(ctx context.Context, t *testing.T, told *tally, n *node, se
 	return binary
 }
 
-// find has phones dial until one has met binary. It returns false if that was closed.
+// find has phones dial until one has met binary, and hangs up. It returns false if that was closed.
 func (p place) find(ctx context.Context, t *testing.T, told *tally, n *node, serverID string, binary *testenv.Binary) bool {
 	for ctx.Err() == nil {
 		select {
@@ -237,6 +289,7 @@ func (p place) find(ctx context.Context, t *testing.T, told *tally, n *node, ser
 		phone, err := testenv.DialPhone(ctx, n.url, testenv.PhoneOptions{ServerID: serverID})
 		if err != nil {
 			told.add("phone: " + refusalText(ctx, err))
+			lasts(ctx, time.Now(), talkEvery)
 			continue
 		}
 		t.Cleanup(phone.Drop)
@@ -246,6 +299,7 @@ func (p place) find(ctx context.Context, t *testing.T, told *tally, n *node, ser
 		}
 		if err == nil {
 			told.add("phone: met")
+			phone.Drop()
 			return true
 		}
 		if info, err := phone.Closed(ctx); err == nil {

@@ -22,7 +22,7 @@ func TestRollingRestarts_FiveRounds(t *testing.T) {
 	const rounds, binaries, phonesEach = 5, 8, 2
 	ctx := scenarioContext(t, 3*time.Minute)
 	trio := calmNATS.get(t)
-	p, f := place{kv: lookInto(t, trio)}, new(fleet)
+	p, f := place{kv: lookInto(t, trio.urls())}, new(fleet)
 	start := func(i int) {
 		p.nodes[i] = startProcess(t, p.flags(i, trio.urls(), "--insecure-listen", f.addresses[i])...)
 	}

@@ -210,7 +210,7 @@ type place struct {
 // test's own.
 func startPlace(t *testing.T, trio *natsTrio, flags ...string) place {
 	t.Helper()
-	p := place{kv: lookInto(t, trio)}
+	p := place{kv: lookInto(t, trio.urls())}
 	for i := range p.nodes {
 		p.nodes[i] = startProcess(t, p.flags(i, trio.urls(), flags...)...)
 	}
@@ -229,9 +229,9 @@ type kvView struct {
 	prefix string
 }
 
-func lookInto(t *testing.T, trio *natsTrio) kvView {
+func lookInto(t *testing.T, natsURLs string) kvView {
 	t.Helper()
-	nc, err := nats.Connect(trio.urls(), nats.MaxReconnects(-1), nats.RetryOnFailedConnect(true), nats.ReconnectWait(100*time.Millisecond))
+	nc, err := nats.Connect(natsURLs, nats.MaxReconnects(-1), nats.RetryOnFailedConnect(true), nats.ReconnectWait(100*time.Millisecond))
 	if err != nil {
 		t.Fatal(err)
 	}
