@@ -176,6 +176,9 @@ func (a *attempt) lookUp(ctx context.Context) (entry, error) {
 	}
 	switch {
 	case !ok:
+		if h := r.localHolding(a.p.serverID); h != nil && r.stateOf(h) == held {
+			return entry{Node: r.bus.Node(), Session: h.session}, nil // it is here, and the next sweep writes it again
+		}
 		return entry{}, ErrNoServer
 	case e.Session == a.refused:
 		return entry{}, ErrNoServer // the holder itself says so

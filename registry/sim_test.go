@@ -456,7 +456,7 @@ func (w *simWorld) dial(n *simNode, serverID string) {
 		w.checkAttachedLocked(n, serverID, session, called)
 	case errors.Is(err, ErrNoServer):
 		for _, b := range w.binaries {
-			if b.serverID == serverID && w.reachableLocked(n, b, called) {
+			if b.serverID == serverID && (w.reachableLocked(n, b, called) || w.ownLocked(n, b, called)) {
 				w.breakLocked("false 4404: dial of %s on %s since %.3f, held by %s on %s",
 					serverID, n.port.id, called.Sub(w.start).Seconds(), b.id, b.at.port.id)
 			}

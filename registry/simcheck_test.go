@@ -155,6 +155,12 @@ func (w *simWorld) reachableLocked(n *simNode, b *simBinary, from time.Time) boo
 	return n == b.at || !w.silentLocked(n, b.at, from, deadAfter-retryWaitMax)
 }
 
+// ownLocked reports whether n itself has b, whom nobody has taken the server-id from.
+func (w *simWorld) ownLocked(n *simNode, b *simBinary, from time.Time) bool {
+	return n == b.at && !n.dead && !b.claimed.IsZero() && !b.claimed.After(from) && b.gone.IsZero() &&
+		!w.takenLocked(b.serverID, b.session, b.claimed)
+}
+
 // silentLocked reports whether n or other, since from, could take the other one for
 // dead: NATS has said for d that nobody listens there, or its lease is gone.
 func (w *simWorld) silentLocked(n, other *simNode, from time.Time, d time.Duration) bool {

@@ -42,6 +42,11 @@ func TestSimulation_KnownSchedules(t *testing.T) {
 			{After: 25_000 * ms, Do: "claim", Node: 0},
 			{After: 1000 * ms, Do: "dial once ready", Node: 1},
 		}},
+		{"LeaseCameBack_ItsOwnBinaryIsThere", []step{ // its entry was reaped, and its grace is over
+			{After: 0, Do: "claim", Node: 1},
+			{After: 1000 * ms, Do: "away", Node: 1, For: 8 * 50_000 * ms},
+			{After: 30_000 * ms, Do: "dial once ready", Node: 1},
+		}},
 		{"SilentForASecond_IsNotDeadForALookUp", []step{
 			{After: 0, Do: "claim", Node: 1},
 			{After: 5000 * ms, Do: "held", Node: 1, For: 10_000 * ms}, // nobody responds from 6 s on
