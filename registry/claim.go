@@ -48,7 +48,6 @@ func (r *Registry) claim(h *holding) error {
 	}
 	ctx, cancel := context.WithTimeout(h.opts.ctx, limit)
 	defer cancel()
-	value := r.entryFor(h, stateHeld).encode()
 	var before entry // what the write goes over, at revision rev
 	var rev uint64
 	if _, here := r.ownEntry(h.serverID); here { // the KV should have it, too
@@ -58,7 +57,7 @@ func (r *Registry) claim(h *holding) error {
 		}
 	}
 	for {
-		newRev, err := r.presence.put(ctx, h.key(), value, rev, 0)
+		newRev, err := r.take(ctx, h, before, rev)
 		if err == nil {
 			return r.claimed(h, before, newRev)
 		}
@@ -74,6 +73,22 @@ func (r *Registry) claim(h *holding) error {
 		}
 		before, rev = found, at
 	}
+}
+
+// take writes h over before, which is at revision rev. A grace is first written once
+// more as it is: NATS ends a key by a message that expects no revision, and one that
+// was decided on before this claim could land on top of it, and erase a claim that was
+// acknowledged (seen: 3 of 723 on R3). Now it lands below, and the claim loses or wins
+// by its revision.
+func (r *Registry) take(ctx context.Context, h *holding, before entry, rev uint64) (uint64, error) {
+	if before.State == stateGrace {
+		again, err := r.presence.put(ctx, h.key(), before.encode(), rev, r.cfg.Grace)
+		if err != nil {
+			return 0, err
+		}
+		rev = again
+	}
+	return r.presence.put(ctx, h.key(), r.entryFor(h, stateHeld).encode(), rev, 0)
 }
 
 // replaceable finds what h may be written over: nothing, an entry that may be
