@@ -258,7 +258,7 @@ func (b *Bus) askToOpen(ctx context.Context, l *Link, subject string, m Message)
 		err = fmt.Errorf("%w: ACCEPT with a version that was not offered", errMalformed)
 	}
 	if err != nil && !errors.Is(err, ErrNoResponders) {
-		m.Kind, m.Reason, m.Payload = KindReset, reasonLinkLost, nil
+		m.Kind, m.Reason, m.Payload = KindReset, reasonUnknown, nil
 		b.publish(subject, "", &m, nil) // if it is lost, the holder's PROBE finds nothing here
 	}
 	return answer, nil, err

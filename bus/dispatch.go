@@ -63,7 +63,7 @@ func (b *Bus) handleLink(s side, token string, m Message, replyTo string) {
 	case m.Kind == KindReset && (taken || !known):
 		b.reply(replyTo, Message{Kind: KindAck, Reason: flagReset, Link: m.Link, Session: m.Session})
 	case (m.Kind == KindProbe || m.Kind == KindClose) && !known:
-		b.reply(replyTo, Message{Kind: KindReset, Reason: reasonLinkLost, Link: m.Link, Session: m.Session})
+		b.reply(replyTo, Message{Kind: KindReset, Reason: reasonUnknown, Link: m.Link, Session: m.Session})
 	}
 }
 

@@ -91,7 +91,11 @@ type Reason uint8
 // ReasonCode says that the payload holds the close code that a peer chose.
 const ReasonCode Reason = 1
 
-const reasonLinkLost Reason = 2
+const (
+	reasonLinkLost Reason = 2
+	// reasonUnknown in RESET: its sender has no such link. It arrives as ErrLinkLost.
+	reasonUnknown Reason = 13
+)
 
 var reasons = map[Reason]error{
 	reasonLinkLost: ErrLinkLost,
@@ -106,6 +110,7 @@ var reasons = map[Reason]error{
 	10: ErrTooManyPhones,
 	// 11 had a meaning once and gets no other one.
 	12: ErrVersion,
+	// 13 is reasonUnknown.
 }
 
 // reasonOf gives the byte and the payload that carry err. What has no byte of

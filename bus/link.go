@@ -316,7 +316,7 @@ func (l *Link) handle(m Message) bool {
 	if end != nil {
 		l.endLocked()
 	}
-	if unheard && m.Kind == KindReset && !silent { // the phone's end gave this attempt up
+	if unheard && m.Kind == KindReset && m.Reason == reasonUnknown && !silent { // the phone's node gave this attempt up
 		l.mu.Unlock()
 		l.tellHandler()
 		l.kick()

@@ -87,7 +87,7 @@ func TestThreeNodes_HundredThousandFramesEachWay(t *testing.T) {
 	// A binary that sends all it has at once outruns a phone: its frames wait. And
 	// no pings: the peers' library breaks a connection whose pong waits for 5 s behind
 	// what it sends itself.
-	room := []string{"--phone-backlog", "64MiB", "--ping-interval", "10m"}
+	room := []string{"--phone-backlog", "64MiB", "--ping-interval", "10h"}
 	nodes := [3]*node{}
 	for i := range nodes {
 		nodes[i] = startNode(t, append(flags[i], room...)...)
