@@ -11,8 +11,10 @@ CHECKS   ?= 100000
 build: ## the static release binary, bin/pyrycode-relay
 	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o bin/pyrycode-relay ./cmd/pyrycode-relay
 
+# One package after the other: several hold the relay to its time bounds, and would
+# take the CPU from each other.
 test: ## every test, race detector on, shuffled
-	go test -race -shuffle=on -timeout 15m ./...
+	go test -race -shuffle=on -p 1 -timeout 15m ./...
 
 lint: ## gofmt, golangci-lint (with gosec), tidy go.mod
 	@files=$$(gofmt -l bus cmd gateway registry testenv) || exit 1; \

@@ -17,7 +17,7 @@ import (
 func TestMain(m *testing.M) {
 	flag.Parse()
 	if f := flag.Lookup("test.parallel"); f.Value.String() == f.DefValue {
-		_ = f.Value.Set("8") // they wait more than they work
+		_ = f.Value.Set("3") // they wait more than they work, but those with tight bounds need a CPU
 	}
 	os.Exit(testenv.VerifyNoLeaks(func() int {
 		return detector.Verify(func() int {
