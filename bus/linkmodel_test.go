@@ -23,6 +23,7 @@ const (
 // step the invariants hold; in the end, when the bus has healed, both ends agree.
 // `make model` runs more schedules.
 func TestLinkStateModel(t *testing.T) {
+	t.Parallel() // it is the only one of this room that reads rapid's flags
 	setDefault(t, "rapid.checks", "10000")
 	setDefault(t, "rapid.steps", "60")
 	rapid.Check(t, func(t *rapid.T) {
