@@ -224,6 +224,10 @@ func (tr *crowd) send(p *pair, side int, l *Link) {
 func (p *pair) send(side int, l *Link, n int) bool {
 	p.mu[side].Lock()
 	defer p.mu[side].Unlock()
+	return p.sendLocked(side, l, n)
+}
+
+func (p *pair) sendLocked(side int, l *Link, n int) bool {
 	for range n {
 		send := l.Send
 		if l.side == binarySide {
@@ -247,10 +251,10 @@ func (tr *crowd) endSome(fault func()) {
 		for i, p := range tr.pairs[:faultEnding] {
 			wait(tr.r.T, 100*time.Millisecond)
 			side := i % 2
-			p.mu[side].Lock() // nothing is sent behind the burst
-			p.mu[side].Unlock()
-			p.send(side, p.links[side], 100)
+			p.mu[side].Lock() // nothing is sent between the burst and the close
+			p.sendLocked(side, p.links[side], 100)
 			p.links[side].Close(CodeError(4000 + i)) //nolint:gosec // small
+			p.mu[side].Unlock()
 		}
 	}()
 	fault()

@@ -111,7 +111,9 @@ func TestOutbox_SlowPeer_GetsAllBeforeTheClose(t *testing.T) {
 			t.Fatalf("got % x, %v, want the close frame", head, err)
 		}
 		peer.Close()
-		<-ended
+		if err := <-ended; err == nil {
+			t.Error("the reader got a message, want the end")
+		}
 		c.end()
 	})
 }

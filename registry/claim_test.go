@@ -399,7 +399,7 @@ func TestEntryDeleted_ClaimOnTheHoldersNodeAsksTheBinary(t *testing.T) {
 	onBoth(t, func(t *testing.T, s *scene) {
 		n := s.node()
 		first := n.mustClaim("id")
-		s.remove("id")
+		s.removeID()
 		_, err := n.claim("id", WithoutProbe())
 		wantErr(t, "claim without probe", err, ErrHeld)
 		_, err = n.claim("id")
@@ -413,7 +413,7 @@ func TestEntryDeleted_ClaimOnTheHoldersNodeAsksTheBinary(t *testing.T) {
 		s.wantHolder(second)
 		wantErr(t, "incumbent without a pong", within(t, 2*time.Second, "eviction", first.evicted), ErrDisplaced)
 		second.release()
-		s.remove("id")
+		s.removeID()
 		s.wantHolder(n.mustClaim("id", WithoutProbe())) // who is in grace has nothing to say
 	})
 }

@@ -174,7 +174,7 @@ func TestGraceWrittenAgain_HasATTL(t *testing.T) {
 		spoil := map[string]func(){
 			"held again": func() { s.write("id", n.entryFor(h, stateHeld).encode()) },
 			"not JSON":   func() { s.write("id", []byte("?")) },
-			"deleted":    func() { s.remove("id") },
+			"deleted":    func() { s.removeID() },
 		}
 		for name, f := range spoil {
 			f()

@@ -320,7 +320,7 @@ func calmWorld(t *testing.T, f func(w *simWorld)) {
 // The node whose turn it is to clear up never has a lease for long enough.
 func TestFirstNodeRestartsAllTheTime_AnotherClearsUp(t *testing.T) {
 	calmWorld(t, func(w *simWorld) {
-		w.claim(w.nodes[1], "one")
+		_, _ = w.claim(w.nodes[1], "one")
 		w.kill(step{Node: 1}, w.nodes[1])
 		died, bound := time.Now(), w.nodes[0].cfg.LeaseTTL+3*sweepEvery
 		for time.Since(died) < bound {
@@ -349,8 +349,8 @@ func TestNodeKilled_PhonesElsewhereKnow(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			for i := range time.Duration(8) {
 				calmWorld(t, func(w *simWorld) {
-					w.claim(w.nodes[0], "one")
-					w.claim(w.nodes[2], "two")
+					_, _ = w.claim(w.nodes[0], "one")
+					_, _ = w.claim(w.nodes[2], "two")
 					ends := linkedPhone(t, w.nodes[1], "one")
 					linkedPhone(t, w.nodes[1], "two")
 					w.sleep(5*time.Second + i*watchEvery/8)

@@ -200,7 +200,7 @@ func TestHolderNodeDead_DialWaitsForProof(t *testing.T) {
 // A node without responders, and a KV that does not answer, prove nothing.
 func TestSilenceThenNoLookUp_IsUndecided(t *testing.T) {
 	calmWorld(t, func(w *simWorld) {
-		w.claim(w.nodes[1], "one")
+		_, _ = w.claim(w.nodes[1], "one")
 		w.kill(step{Node: 1}, w.nodes[1])
 		time.AfterFunc(3*time.Second, func() { w.stall(5 * time.Second) })
 		wantErr(t, "dial", dialOne(w.nodes[0]), ErrUndecided)
@@ -221,7 +221,7 @@ func TestHolderSilentForAWhile_DialWaitsForIt(t *testing.T) {
 	}{{3 * time.Second, nil}, {3900 * time.Millisecond, nil}, {20 * time.Second, ErrNoServer}} {
 		t.Run(tt.away.String(), func(t *testing.T) {
 			calmWorld(t, func(w *simWorld) {
-				w.claim(w.nodes[1], "one")
+				_, _ = w.claim(w.nodes[1], "one")
 				for range 5 {
 					w.nodes[1].port.setState(portAway)
 					time.AfterFunc(tt.away, func() { w.nodes[1].port.setState(portLinked) })
@@ -244,7 +244,7 @@ func TestNodeOnTheSmallerSide_TakesNobodyForDead(t *testing.T) {
 	for _, leader := range []bool{false, true} {
 		t.Run(fmt.Sprint("leader of before: ", leader), func(t *testing.T) {
 			calmWorld(t, func(w *simWorld) {
-				w.claim(w.nodes[0], "one")
+				_, _ = w.claim(w.nodes[0], "one")
 				ends := linkedPhone(t, w.nodes[1], "one")
 				w.split(step{Node: 1, For: 8 * time.Second, A: leader, B: true}, w.nodes[1])
 				wantErr(t, "dial", dialOne(w.nodes[1]), ErrUndecided)

@@ -55,7 +55,7 @@ func (w *simWorld) do(s step) {
 	serverID := simIDs[s.ID]
 	switch s.Do {
 	case "claim":
-		w.spawn(func() { w.claim(n, serverID) })
+		w.spawn(func() { _, _ = w.claim(n, serverID) })
 	case "dial":
 		w.spawn(func() { w.dial(n, serverID) })
 	case "dial once ready": // of many phones one is there at once
@@ -120,7 +120,7 @@ func (w *simWorld) do(s step) {
 					w.spawn(func() { // and those who lost their connections meanwhile are there at once
 						w.sleep(w.net.upTo(3 * time.Second))
 						w.dial(n, serverID)
-						w.claim(n, serverID)
+						_, _ = w.claim(n, serverID)
 					})
 				}
 			})
