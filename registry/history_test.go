@@ -41,8 +41,7 @@ const (
 // once, clients claim, release and dial one server-id through all nodes, while nodes
 // are killed and replaced, or cut off, and NATS hands over its leaderships or loses a
 // server. Each round's history must be legal: see historymodel_test.go.
-func TestHistories(t *testing.T) {
-	t.Parallel()
+func TestHistories(t *testing.T) { // alone: it takes both cores
 	run := newHistoryRun(t)
 	var over atomic.Bool
 	var players sync.WaitGroup

@@ -43,8 +43,7 @@ var simConfig = Config{Grace: 8 * time.Second, ProbeTimeout: 4 * time.Second}.wi
 //     session that is there, and claims and dials succeed on every node
 //
 // The schedules are played in two halves, one for each of two CPUs.
-func TestSimulation(t *testing.T) {
-	t.Parallel()
+func TestSimulation(t *testing.T) { // alone: it takes both cores
 	checks := flag.Lookup("rapid.checks")
 	if checks.Value.String() == checks.DefValue {
 		if err := checks.Value.Set("1000"); err != nil {
