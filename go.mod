@@ -3,6 +3,7 @@ module github.com/pyrycode/pyrycode-relay
 go 1.26.0
 
 require (
+	github.com/HdrHistogram/hdrhistogram-go v1.4.0
 	github.com/anishathalye/porcupine v1.3.1
 	github.com/coder/websocket v1.8.15
 	github.com/go-json-experiment/json v1.27.2

@@ -237,7 +237,7 @@ func printUsage(w io.Writer, environ []string) {
 	fmt.Fprint(w, `pyrycode-relay joins phones to the binary they belong to.
 
 usage: pyrycode-relay [serve] [flags]
-       pyrycode-relay smoke|status [flags]     (-h lists them)
+       pyrycode-relay smoke|status|bench [flags]     (-h lists them)
        pyrycode-relay version
 
 Every flag is also an environment variable: --nats-url is PYRYCODE_RELAY_NATS_URL.

@@ -47,10 +47,12 @@ func mainExit(args []string, c console) int {
 		return smoke(args, c)
 	case "status":
 		return status(args, c)
+	case "bench":
+		return bench(args, c)
 	case "version":
 		return printVersion(c)
 	}
-	return c.usageError(fmt.Errorf("unknown subcommand %q: want serve, smoke, status or version", name))
+	return c.usageError(fmt.Errorf("unknown subcommand %q: want serve, smoke, status, bench or version", name))
 }
 
 func isFlag(arg string) bool { return strings.HasPrefix(arg, "-") }

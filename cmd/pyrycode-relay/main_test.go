@@ -60,7 +60,7 @@ func TestUsageErrors(t *testing.T) {
 		{nil, "--insecure-listen"},
 		{[]string{"serve"}, "--insecure-listen"},
 		{[]string{"--nonsense"}, "-nonsense"},
-		{[]string{"fly"}, `unknown subcommand "fly": want serve, smoke, status or version`},
+		{[]string{"fly"}, `unknown subcommand "fly": want serve, smoke, status, bench or version`},
 		{[]string{"a\nb"}, "unknown subcommand"},
 		{[]string{"--no\nsense"}, "-no sense"},
 		{[]string{"smoke", "--nonsense"}, "pyrycode-relay smoke -h"},
