@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/pyrycode/pyrycode-relay/bus"
@@ -144,9 +145,7 @@ func (r *Registry) mayTake(ctx context.Context, h *holding, found entry) error {
 	if h.opts.noProbe {
 		return ErrHeld
 	}
-	ctx, cancel := context.WithTimeout(ctx, r.cfg.ProbeTimeout+answerTime)
-	defer cancel()
-	alive, err := r.bus.Challenge(ctx, found.Node, h.serverID, found.Session)
+	alive, err := r.challenge(ctx, h.serverID, found)
 	switch {
 	case err != nil:
 		return fmt.Errorf("%w: the holder's node does not answer: %w", ErrUndecided, err)
@@ -154,6 +153,24 @@ func (r *Registry) mayTake(ctx context.Context, h *holding, found entry) error {
 		return ErrServerIDConflict
 	}
 	return nil
+}
+
+// challenge asks the node of found whether its binary answers a ping, and no longer
+// once that node has no responders: it may have gone with the question, as one does that
+// drains.
+func (r *Registry) challenge(ctx context.Context, serverID string, found entry) (alive bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, r.cfg.ProbeTimeout+answerTime)
+	var watch sync.WaitGroup
+	defer watch.Wait()
+	defer cancel()
+	watch.Go(func() {
+		for pause(ctx, watchEvery) {
+			if errors.Is(r.bus.Hello(ctx, found.Node), bus.ErrNoResponders) {
+				cancel()
+			}
+		}
+	})
+	return r.bus.Challenge(ctx, found.Node, serverID, found.Session)
 }
 
 // claimed installs h, which the KV names at revision, and tells the node that held

@@ -211,7 +211,10 @@ func (r *Registry) open(l *bus.Link) (recv bus.Receiver, inGrace bool, before *b
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	h := r.sessions[session]
-	if h == nil || h.serverID != l.ServerID() || h.state == over {
+	switch {
+	case r.stopped: // its sessions are in their grace, and it does not know who takes them
+		return nil, false, nil, bus.ErrNodeGone
+	case h == nil || h.serverID != l.ServerID() || h.state == over:
 		return nil, false, nil, bus.ErrNoSession
 	}
 	for other := range h.links {

@@ -356,3 +356,15 @@ func TestDisturbedDuringASweep_TablesStayAHint(t *testing.T) {
 		}
 	})
 }
+
+// A node that has drained sends phones to look again: what it held is in its grace.
+func TestStoppedNode_DoesNotSayThatNobodyHolds(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		n.mustClaim("id").release()
+		n.Stop(t.Context())
+		if _, _, err := n.Open(n.Bus().NewLink("id", "conn", newInbox())); !errors.Is(err, bus.ErrNodeGone) {
+			t.Errorf("Open: %v, want ErrNodeGone", err)
+		}
+	})
+}

@@ -128,3 +128,24 @@ func TestClaimsDuringAPing_ShareTheNext(t *testing.T) {
 		}
 	})
 }
+
+// A node that goes while its binary is being asked takes the question with it: the
+// claim finds that out, and does not wait for an answer.
+func TestHolderNodeDiesUnderAChallenge_ClaimSucceedsSoon(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		s.cfg.ProbeTimeout = 10 * time.Second
+		ns := s.three()
+		asked := make(chan struct{}, 8)
+		ns[0].mustClaim("id", WithPing(func(ctx context.Context) error {
+			asked <- struct{}{}
+			<-ctx.Done()
+			return ctx.Err()
+		}))
+		b, result := ns[1].newBinary("id"), make(chan error, 1)
+		go func() { result <- b.claim() }()
+		within(t, 5*time.Second, "the incumbent is asked", asked)
+		ns[0].kill()
+		wantErr(t, "the claim", within(t, 5*time.Second, "the claim is decided", result), nil)
+		s.wantHolder(b)
+	})
+}
