@@ -238,8 +238,7 @@ func dialUntilUpgraded(ctx context.Context, t *testing.T, n *node, serverID stri
 
 // A gateway that stops for longer than a pong may take, but not for long enough to
 // be missed, loses nobody: their pongs are in its sockets.
-func TestGatewayFrozen_ForLessThanItsLease_LosesNobody(t *testing.T) {
-	t.Parallel()
+func TestGatewayFrozen_ForLessThanItsLease_LosesNobody(t *testing.T) { // alone: its peers have less than a second for their pongs
 	const freezes, frozen, roundTrip = 2, 4 * time.Second, time.Second
 	ctx := scenarioContext(t, time.Minute)
 	p := startPlace(t, calmNATS.get(t), "--ping-interval", roundTrip.String(), "--pong-timeout", (3 * roundTrip).String())

@@ -110,7 +110,7 @@ func TestBucketsDeletedByHand(t *testing.T) {
 		}
 	}
 	deleted := time.Now()
-	eventually(within(ctx, t, deleted, backWithin), t, "bucket", func() bool { return p.kv.presence(ctx, ids[0]) != "" })
+	eventually(within(ctx, t, deleted, backWithin), t, "bucket", func() bool { return p.kv.whole(ctx) })
 	answers := time.Now()
 	swept := within(ctx, t, answers, sweepTime+slack)
 	for i, id := range ids {

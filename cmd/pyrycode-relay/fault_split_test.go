@@ -15,8 +15,7 @@ import (
 // The NATS cluster splits for longer than a lease, and closes nothing: one server is
 // alone, with the node that is beside it; the other two have the rest. If it was the
 // leader, it goes on answering reads with what it knew.
-func TestNATSSplit_ForLongerThanALease(t *testing.T) {
-	t.Parallel()
+func TestNATSSplit_ForLongerThanALease(t *testing.T) { // alone: three NATS servers under the race detector elect leaders
 	for name, leaderAlone := range map[string]bool{"the leader alone": true, "another one alone": false} {
 		t.Run(name, func(t *testing.T) { splitNATS(t, leaderAlone) })
 	}

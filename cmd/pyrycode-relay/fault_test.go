@@ -263,6 +263,25 @@ func (v kvView) presence(ctx context.Context, serverID string) string {
 	return entry.State + " by " + entry.Node[:strings.LastIndexByte(entry.Node, '-')]
 }
 
+// whole reports whether both buckets are there, each with a leader and all replicas up
+// to date.
+func (v kvView) whole(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	for _, bucket := range []string{"_nodes", "_presence"} {
+		stream, err := v.js.Stream(ctx, "KV_"+v.prefix+bucket)
+		if err != nil {
+			return false
+		}
+		c := stream.CachedInfo().Cluster
+		behind := func(p *jetstream.PeerInfo) bool { return !p.Current || p.Offline }
+		if c == nil || c.Leader == "" || slices.ContainsFunc(c.Replicas, behind) {
+			return false
+		}
+	}
+	return true
+}
+
 // await waits until the KV says want of serverID.
 func (v kvView) await(ctx context.Context, t *testing.T, serverID, want string) {
 	t.Helper()

@@ -44,7 +44,7 @@ var rooms = map[string]struct {
 	"cmd": {
 		rooms: []string{"bus", "registry", "gateway", "testenv"},
 		modules: []string{
-			"github.com/nats-io/nats.go", "github.com/nats-io/nats-server/v2", "github.com/pires/go-proxyproto",
+			"github.com/HdrHistogram/hdrhistogram-go", "github.com/nats-io/nats.go", "github.com/nats-io/nats-server/v2", "github.com/pires/go-proxyproto",
 			"github.com/prometheus/client_golang", "golang.org/x/crypto", "golang.org/x/sys",
 		},
 	},
