@@ -100,6 +100,9 @@ func splitNATS(t *testing.T, leaderAlone bool) {
 	trio.Heal(alone)
 	back := within(ctx, t, healed, backWithin)
 	eventually(back, t, "readiness", func() bool { return isReady(t, few) })
+	// Who was alone has stood for election all the while, and makes the others elect
+	// again: until then the KV does not answer.
+	eventually(within(ctx, t, healed, electionTime+slack), t, "whole KV", func() bool { return majority.whole(ctx) })
 	ready := time.Now()
 	t.Logf("the node alone was ready %v after the end", sinceMS(healed))
 	swept := within(ctx, t, ready, sweepTime+slack)
