@@ -104,6 +104,7 @@ func splitNATS(t *testing.T, leaderAlone bool) {
 	// again: until then the KV does not answer.
 	eventually(within(ctx, t, healed, electionTime+slack), t, "whole KV", func() bool { return majority.whole(ctx) })
 	ready := time.Now()
+	back = within(ctx, t, ready, backWithin)
 	t.Logf("the node alone was ready %v after the end", sinceMS(healed))
 	swept := within(ctx, t, ready, sweepTime+slack)
 	wantEnd(swept, t, "the old binary", old, 1011, "heartbeat timeout")
