@@ -83,8 +83,9 @@ type counter struct {
 	all  chan struct{}
 }
 
-func (c *counter) Deliver(l *Link, p []byte) {
-	l.Consumed(len(p))
+func (c *counter) Deliver(l *Link, buf []byte) {
+	l.Consumed(1, len(Frame(buf)))
+	Free(buf)
 	if c.left--; c.left == 0 {
 		close(c.all)
 	}

@@ -56,6 +56,9 @@ type Bus struct {
 	timed   map[*Link]struct{}
 	wake    chan struct{}
 
+	// Empty slices that the pump goroutine uses again. Owned by it.
+	idle, ticked []*Link
+
 	ctx    context.Context // ends with the bus
 	cancel context.CancelFunc
 	tasks  sync.WaitGroup // one for each CHALLENGE
@@ -76,8 +79,8 @@ type Transport interface {
 	// Subscribe calls f for each message to subject, one at a time, until stop has
 	// returned.
 	Subscribe(subject string, f func(*nats.Msg)) (stop func(), err error)
-	// Publish sends data and does not wait. An error means that it is lost, nil
-	// means nothing. replyTo may be empty.
+	// Publish sends a copy of data and does not wait. An error means that it is lost,
+	// nil means nothing. replyTo may be empty.
 	Publish(subject, replyTo string, data []byte) error
 	// Request sends data and waits for an answer. The error is ErrNoResponders if
 	// nobody subscribes to subject, a context error, or another.

@@ -96,6 +96,7 @@ func (c *Conn) options(node NodeID, log *slog.Logger) []nats.Option {
 		nats.FlusherTimeout(natsFlushTimeout),
 		nats.ReconnectBufSize(-1), // links send again; an old buffer would replay stale frames
 		nats.NoEcho(),
+		nats.SkipSubjectValidation(), // tokenSubject and its like make valid ones
 		nats.ConnectHandler(func(*nats.Conn) {
 			c.connected.Store(true)
 			log.Info("nats_connected")

@@ -29,9 +29,9 @@ func (b *Bus) dispatch(msg *nats.Msg) {
 			b.handleOpen(token, m, msg.Reply)
 			return
 		}
-		b.handleLink(binarySide, token, m, msg.Reply)
+		b.handleLink(binarySide, token, m, msg)
 	case topicPhone:
-		b.handleLink(phoneSide, token, m, msg.Reply)
+		b.handleLink(phoneSide, token, m, msg)
 	case topicClaim:
 		b.handleClaim(token, m, msg.Reply)
 	case topicNode:
@@ -55,12 +55,15 @@ func (b *Bus) handleOpen(token string, m Message, replyTo string) {
 // handleLink passes a message to its link. PROBE, CLOSE and RESET for a link that
 // is not here are answered, so that the other end does not wait for nothing: with
 // RESET, or with ACK if it was one, so that this ends.
-func (b *Bus) handleLink(s side, token string, m Message, replyTo string) {
+func (b *Bus) handleLink(s side, token string, m Message, msg *nats.Msg) {
 	l := b.find(linkKey{id: m.Link, session: m.Session, side: s})
-	known := l != nil && l.token == token
-	taken := known && l.handle(m)
-	switch {
-	case m.Kind == KindReset && (taken || !known):
+	known := l != nil && l.token == token && l.Node() != b.node
+	got := refused
+	if known {
+		got = l.handle(m, msg.Data, time.Now())
+	}
+	switch replyTo := msg.Reply; {
+	case m.Kind == KindReset && (got != refused || !known):
 		b.reply(replyTo, Message{Kind: KindAck, Reason: flagReset, Link: m.Link, Session: m.Session})
 	case (m.Kind == KindProbe || m.Kind == KindClose) && !known:
 		b.reply(replyTo, Message{Kind: KindReset, Reason: reasonUnknown, Link: m.Link, Session: m.Session})
@@ -188,23 +191,24 @@ func (b *Bus) publishReplies() {
 // whether there was one.
 func (b *Bus) runReady() bool {
 	b.pumpMu.Lock()
-	ready := b.ready
-	b.ready = nil
+	turn := b.ready
+	b.ready = b.idle
 	b.pumpMu.Unlock()
-	for _, l := range ready {
+	for _, l := range turn {
 		l.mu.Lock()
 		l.queued = false
-		l.mu.Unlock()
-		if l.run(pumpBatch) {
+		if l.unlockAndRun(pumpBatch, time.Now()) {
 			l.kick()
 		}
 	}
-	return len(ready) > 0
+	clear(turn)
+	b.idle = turn[:0]
+	return len(turn) > 0
 }
 
 func (b *Bus) tickTimed(now time.Time) {
 	b.pumpMu.Lock()
-	links := make([]*Link, 0, len(b.timed))
+	links := b.ticked[:0]
 	for l := range b.timed {
 		links = append(links, l)
 	}
@@ -212,6 +216,8 @@ func (b *Bus) tickTimed(now time.Time) {
 	for _, l := range links {
 		l.tick(now)
 	}
+	clear(links)
+	b.ticked = links
 }
 
 // publish sends m. buf, if not nil, has m's payload after Headroom bytes. An

@@ -27,8 +27,9 @@
 // Each direction of a link holds at most Config.Window and one frame on its way
 // to a receiver that does not consume. Send blocks there, for 15 s at most, and then
 // ends the link; Offer goes on to Config.Backlog, and then ends it, or to a window
-// while all links together have more than Config.TotalBacklog waiting. A phone's frames that wait for a binary
-// that is away are bounded like those of Send, and by 8 s.
+// while all links together have more than Config.TotalBacklog waiting. A phone's frames
+// that wait for a binary that is away are bounded like those of Send, and by 8 s. What is
+// counted is the length of frames; the buffers that hold them may be twice as large.
 //
 // # States of a link
 //

@@ -325,3 +325,23 @@ func (tr *crowd) lived() (n int) {
 	}
 	return n
 }
+
+// A frame that its receiver has taken and not consumed is acknowledged soon, and no longer
+// counted at its sender: neither waits for a PROBE.
+func TestLink_SlowReceiver_AcknowledgesWithoutBeingAsked(t *testing.T) {
+	r := newNATSRig(t)
+	_, b := r.connect(r.slowReceiver(), r.newReceiver())
+	start := time.Now()
+	if err := b.Offer(frameBuf("x")); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "nothing is counted", func() bool { return r.binaries.Backlog() == 0 })
+	if took := time.Since(start); took >= probeInterval {
+		t.Errorf("that took %v: it was asked", took)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.st.acked != 1 || b.counted != 0 {
+		t.Errorf("acknowledged up to %d, %d bytes counted, want 1 and none", b.st.acked, b.counted)
+	}
+}

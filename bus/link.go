@@ -10,11 +10,11 @@ import (
 // one at a time for each link, in order, and must not block: they run on the
 // dispatch goroutine or on the other end's.
 type Receiver interface {
-	// Deliver takes one frame, exactly once and in order. p belongs to the
-	// receiver, which must not change it, and which calls l.Consumed(len(p)) when
-	// its socket has taken it. One that was under way when this side closed the
-	// link may still come after Close has returned.
-	Deliver(l *Link, p []byte)
+	// Deliver takes one frame, Frame(buf), exactly once and in order. buf belongs to
+	// the receiver, which must not change it, which calls l.Consumed when its socket
+	// has taken the frame, and which may free it then. One that was under way when
+	// this side closed the link may still come after Close has returned.
+	Deliver(l *Link, buf []byte)
 	// End tells that the link has ended, after its last frame. err is one of the
 	// errors of errors.go or a CodeError. It is called at most once, and not when
 	// this side closed the link.
@@ -58,6 +58,7 @@ type Link struct {
 	bound      bool // id, node, session and the rest of the path are set
 	id         LinkID
 	node       NodeID
+	local      bool // node is this one
 	session    SessionID
 	version    uint8  // of what the two ends say; set with the ACCEPT
 	attempt    uint64 // the phone's end: how often it was opened; the binary's: in which attempt
@@ -113,9 +114,9 @@ func (l *Link) Session() SessionID {
 	return l.session
 }
 
-// Send queues one frame, whose first Headroom bytes are free for the link's use,
-// and blocks while a window's worth is waiting or on its way. The buffer belongs
-// to the link from then on. It returns ErrClosed when the link has ended. When it
+// Send queues the frame in buf, which is NewBuffer's or has Headroom bytes in front
+// of it too, and blocks while a window's worth is waiting or on its way. The buffer
+// belongs to the link from then on. It returns ErrClosed when the link has ended. When it
 // has blocked for pauseTimeout it ends the link on both sides with ErrLinkLost,
 // which the receiver is told, and returns that.
 func (l *Link) Send(buf []byte) error {
@@ -129,10 +130,10 @@ func (l *Link) Send(buf []byte) error {
 		l.mu.Unlock()
 		return ErrClosed
 	}
-	l.st.send(buf, time.Now())
+	now := time.Now()
+	l.st.send(buf, now)
 	l.watchLocked()
-	l.mu.Unlock()
-	l.kick()
+	l.unlockAndSend(now)
 	return nil
 }
 
@@ -175,11 +176,11 @@ func (l *Link) Offer(buf []byte) error {
 		l.kick()
 		return ErrBacklog
 	}
-	l.st.send(buf, time.Now())
+	now := time.Now()
+	l.st.send(buf, now)
 	l.countLocked()
 	l.watchLocked()
-	l.mu.Unlock()
-	l.kick()
+	l.unlockAndSend(now)
 	return nil
 }
 
@@ -193,17 +194,18 @@ func (l *Link) countLocked() {
 	l.counted = now
 }
 
-// Consumed tells that the socket has taken a frame of n bytes. It does nothing
-// once the link has ended.
-func (l *Link) Consumed(n int) {
+// Consumed tells that the socket has taken frames, of so many bytes in all. It does
+// nothing once the link has ended.
+func (l *Link) Consumed(frames, bytes int) {
+	now := time.Now()
 	l.mu.Lock()
-	l.st.consume(frameCost(n), time.Now())
-	due := l.st.ackNow
+	l.st.consume(uint64(frames)*frameOverhead+uint64(bytes), now) //nolint:gosec // counts
 	l.watchLocked()
-	l.mu.Unlock()
-	if due {
-		l.kick()
+	if l.st.ackNow {
+		l.unlockAndSend(now)
+		return
 	}
+	l.mu.Unlock()
 }
 
 // Close ends the link from this side: the other side is told err after every
@@ -282,35 +284,44 @@ func (l *Link) tellHandler() {
 	}
 }
 
-// handle takes one message of the other end. Calls come one at a time. It returns
-// false when the link takes none now; the message is sent again.
-func (l *Link) handle(m Message) bool {
+// receipt is what became of a message.
+type receipt uint8
+
+const (
+	refused   receipt = iota // the link takes none now; the message is sent again
+	taken                    // its news
+	delivered                // it was the next frame, and its buffer is the receiver's now
+)
+
+// handle takes one message of the other end; buf is all of it if it carries a frame.
+// Calls come one at a time.
+func (l *Link) handle(m Message, buf []byte, now time.Time) receipt {
 	l.mu.Lock()
 	switch {
 	case !l.bound || m.Session != l.session || m.Link != l.id:
 		l.mu.Unlock()
-		return false
+		return refused
 	case l.opening && l.side == phoneSide:
 		l.missed = true // the other end was told to start before this one
 		l.mu.Unlock()
-		return false
+		return refused
 	case m.Version != l.version && !m.ofHandshake():
 		l.mu.Unlock()
-		return false // no relay sends it
+		return refused // no relay sends it
 	}
 	unheard := l.side == binarySide && !l.st.heard
-	deliver, end := l.st.receive(m, time.Now())
+	deliver, end := l.st.receive(m, now)
 	switch {
 	case errors.Is(end, errViolation):
 		l.mu.Unlock()
 		l.Fail(ErrLinkLost)
-		return true
+		return taken
 	case errors.Is(end, ErrMoved) && l.side == phoneSide && !l.ended && l.st.maySwitch():
 		tellPeer := l.leaveLocked()
 		l.mu.Unlock()
 		tellPeer()
 		l.bus.handler.Moved(l)
-		return true
+		return taken
 	}
 	silent := l.ended
 	if end != nil {
@@ -320,55 +331,66 @@ func (l *Link) handle(m Message) bool {
 		l.mu.Unlock()
 		l.tellHandler()
 		l.kick()
-		return true
+		return taken
 	}
-	l.delivering = deliver != nil && !silent
 	l.writable.Broadcast()
-	l.mu.Unlock()
-	switch {
-	case deliver != nil && silent:
-		l.Consumed(len(deliver)) // nobody is there to take it
-	case deliver != nil:
-		l.recv.Deliver(l, deliver)
-		l.delivered()
-	case end != nil && !silent:
-		l.tellEnd(end)
+	if deliver == nil || silent {
+		if deliver != nil { // nobody is there to take it
+			l.st.consume(frameCost(len(deliver)), now)
+			l.watchLocked()
+		}
+		if end != nil && !silent {
+			l.mu.Unlock()
+			l.tellEnd(end)
+			l.mu.Lock()
+		}
+		l.unlockAndSend(now)
+		return taken
 	}
-	l.kick()
-	return true
-}
-
-// delivered says that the receiver has returned from Deliver.
-func (l *Link) delivered() {
+	l.delivering = true
+	l.mu.Unlock()
+	l.recv.Deliver(l, buf)
 	l.mu.Lock()
 	l.delivering = false
-	err := l.failed
-	l.failed = nil
-	l.mu.Unlock()
-	if err != nil {
+	if err := l.failed; err != nil {
+		l.failed = nil
+		l.mu.Unlock()
 		l.tellEnd(err)
+		l.mu.Lock()
 	}
+	l.unlockAndSend(now)
+	return delivered
 }
 
 // kick makes what the link has to say go out.
 func (l *Link) kick() {
 	l.mu.Lock()
-	local := l.node == l.bus.node
-	if !local && l.bound && !l.queued {
-		l.queued = true
-		l.bus.enqueue(l)
-	}
-	l.mu.Unlock()
-	if local {
-		l.run(0)
-	}
+	l.unlockAndSend(time.Now())
 }
 
-// run sends what next gives, in order, until there is nothing left or budget
+// unlockAndSend is kick for who holds l.mu.
+func (l *Link) unlockAndSend(now time.Time) {
+	if l.local {
+		l.unlockAndRun(0, now)
+		return
+	}
+	switch {
+	case !l.bound || l.queued:
+	case l.st.speaks(now):
+		l.queued = true
+		l.bus.enqueue(l)
+	default:
+		l.countLocked()
+		l.watchLocked() // an ack may be due later
+	}
+	l.mu.Unlock()
+}
+
+// unlockAndRun sends what next gives, in order, until there is nothing left or budget
 // bytes have gone (0: no limit). more tells that the budget ended it. Only one
-// goroutine at a time is in it: another one's news is seen by the first.
-func (l *Link) run(budget int) (more bool) {
-	l.mu.Lock()
+// goroutine at a time is in it: another one's news is seen by the first. l.mu is
+// held, and released.
+func (l *Link) unlockAndRun(budget int, now time.Time) (more bool) {
 	if l.running || l.opening {
 		l.mu.Unlock()
 		return false
@@ -376,7 +398,7 @@ func (l *Link) run(budget int) (more bool) {
 	l.running = true
 	sent := 0
 	for l.bound {
-		m, buf, ok := l.st.next(time.Now())
+		m, buf, ok := l.st.next(now)
 		if !ok {
 			break
 		}
@@ -385,15 +407,26 @@ func (l *Link) run(budget int) (more bool) {
 			m.Version = l.version
 		}
 		peer, subject := l.peer, l.subject
+		if buf != nil {
+			l.st.inHand = m.Seq
+		}
 		l.mu.Unlock()
+		got := taken
 		if peer != nil {
-			peer.handle(m)
+			got = peer.handle(m, buf, now)
 		} else {
 			l.bus.publish(subject, l.replyTo(m.Kind), &m, buf)
 		}
 		l.mu.Lock()
+		l.st.inHand = 0
+		if got == delivered {
+			l.st.handOver(m.Seq)
+		}
 		if peer != nil && m.Kind == KindReset {
 			l.st.resetDone = true // nothing is lost on the way, so it needs no answer
+		}
+		if l.st.reset {
+			now = time.Now() // of the reset, whose first message is due at once
 		}
 		if sent += Headroom + len(m.Payload); budget > 0 && sent >= budget {
 			more = true
@@ -461,14 +494,16 @@ func (l *Link) probe(now time.Time) {
 // bindLocked ties the link to a session on a node, by way of t there. l.mu is held.
 func (l *Link) bindLocked(id LinkID, node NodeID, session SessionID, t topic) {
 	l.id, l.node, l.session = id, node, session
+	l.local = node == l.bus.node
 	l.bound, l.opening, l.missed = true, true, false
+	l.st.frees = !l.local
 	l.subject = tokenSubject(node, t, l.token)
 }
 
 // unbindLocked is the reverse of bindLocked. l.mu is held.
 func (l *Link) unbindLocked() {
 	l.bus.unregister(l.key(), l)
-	l.id, l.node, l.session = 0, "", SessionID{}
+	l.id, l.node, l.session, l.local = 0, "", SessionID{}, false
 	l.bound, l.opening = false, false
 	l.subject, l.peer = "", nil
 	if l.ended {
@@ -485,7 +520,7 @@ func (l *Link) leaveLocked() (tellPeer func()) {
 	l.st.rebind(l.bus.cfg)
 	l.unbindLocked()
 	if peer != nil {
-		return func() { peer.handle(ack) }
+		return func() { peer.handle(ack, nil, time.Now()) }
 	}
 	return func() { l.bus.reply(subject, ack) }
 }

@@ -32,7 +32,8 @@ type receiver struct {
 	onTake func(l *Link, p []byte) // called in Deliver
 }
 
-func (r *receiver) Deliver(l *Link, p []byte) {
+func (r *receiver) Deliver(l *Link, buf []byte) {
+	p := Frame(buf)
 	r.enter()
 	r.mu.Lock()
 	if len(r.ends) > 0 {
@@ -49,7 +50,7 @@ func (r *receiver) Deliver(l *Link, p []byte) {
 	}
 	r.leave()
 	if !r.hold {
-		l.Consumed(len(p))
+		l.Consumed(1, len(p))
 	}
 }
 
@@ -82,7 +83,7 @@ func (r *receiver) consume(l *Link, n int) {
 		p := r.frames[r.eaten]
 		r.eaten++
 		r.mu.Unlock()
-		l.Consumed(len(p))
+		l.Consumed(1, len(p))
 	}
 }
 

@@ -346,8 +346,8 @@ func (w *world) check() {
 	const frame = modelFrame + frameOverhead
 	for _, e := range []*modelEnd{w.phone, w.binary} {
 		queued := uint64(0)
-		for _, o := range e.st.out {
-			queued += o.cost()
+		for i := range e.st.out.Len() {
+			queued += e.st.out.At(i).cost
 		}
 		bound := uint64(modelWindow + frame)
 		if e == w.binary {

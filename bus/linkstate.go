@@ -2,12 +2,13 @@ package bus
 
 import "time"
 
-// linkState is one end of a link as a pure state machine: no goroutine, no
+// linkState is one end of a link as a state machine: no goroutine, no
 // clock, no NATS. Messages, ticks and what the socket did go in; next says what
 // to send, and receive says what to deliver.
 //
 // The invariant, per direction: the receiver takes exactly the number after the
-// last one, and the sender keeps each numbered message until it is acknowledged.
+// last one, and the sender keeps each numbered message until it is acknowledged, or
+// until the receiver, if it is on this node, has taken the buffer itself.
 // So what is delivered is what was sent, in order, without a gap; and if that
 // cannot be kept up, the link is lost on both sides.       (doc.go: Guarantee)
 //
@@ -19,19 +20,21 @@ type linkState struct {
 	timeout time.Duration
 
 	// Sending.
-	out      []outbound // sent and not acknowledged, then not sent yet
-	lastSeq  uint64     // number of the last element of out, or of the last acknowledged
-	acked    uint64     // everything up to here has been acknowledged
-	sendNext uint64     // the number that is sent next
-	maxSent  uint64     // the highest number ever sent
-	accepted uint64     // bytes given to send
-	offset   uint64     // bytes of everything up to sendNext-1
-	ackedTo  uint64     // bytes of everything up to acked
-	burst    uint64     // after a loss: how many bytes may be unacknowledged; 0: a window
-	sent     uint64     // bytes of everything up to maxSent
-	base     uint64     // the first credit: what it grew by since has been consumed
-	credit   uint64     // how far offset may grow
-	closing  bool       // a CLOSE is in out; nothing follows it
+	out      Queue[outbound] // sent and not acknowledged, then not sent yet
+	lastSeq  uint64          // number of the last element of out, or of the last acknowledged
+	acked    uint64          // everything up to here has been acknowledged
+	sendNext uint64          // the number that is sent next
+	maxSent  uint64          // the highest number ever sent
+	accepted uint64          // bytes given to send
+	offset   uint64          // bytes of everything up to sendNext-1
+	ackedTo  uint64          // bytes of everything up to acked
+	burst    uint64          // after a loss: how many bytes may be unacknowledged; 0: a window
+	sent     uint64          // bytes of everything up to maxSent
+	base     uint64          // the first credit: what it grew by since has been consumed
+	credit   uint64          // how far offset may grow
+	closing  bool            // a CLOSE is in out; nothing follows it
+	inHand   uint64          // the number that is being sent, or 0: its buffer is in use
+	frees    bool            // buffers of what is acknowledged are freed
 
 	// Waiting for an answer, or for credit at all.
 	heldSince    time.Time // since when a first frame waits for a binary that is away
@@ -59,16 +62,10 @@ type linkState struct {
 }
 
 type outbound struct {
-	buf    []byte // Headroom free bytes, then the payload
+	buf    []byte // Headroom free bytes, then the payload; nil once it was handed over
+	cost   uint64 // of a frame
 	reason Reason // of a CLOSE
 	close  bool
-}
-
-func (o outbound) cost() uint64 {
-	if o.close {
-		return 0
-	}
-	return frameCost(len(o.buf) - Headroom)
 }
 
 func frameCost(n int) uint64 { return uint64(n) + frameOverhead } //nolint:gosec // a length
@@ -108,11 +105,22 @@ func (s *linkState) send(buf []byte, now time.Time) {
 	if s.credit == 0 && s.heldSince.IsZero() {
 		s.heldSince = now
 	}
-	o := outbound{buf: buf}
-	s.out = append(s.out, o)
+	o := outbound{buf: buf, cost: frameCost(len(buf) - Headroom)}
+	s.out.Push(o)
 	s.lastSeq++
-	s.accepted += o.cost()
+	s.accepted += o.cost
 }
+
+// handOver says that the buffer of number seq belongs to the other end's receiver now,
+// which is on this node and has taken that frame: it is never sent again.
+func (s *linkState) handOver(seq uint64) {
+	if seq > s.acked && !s.reset {
+		s.at(seq).buf = nil
+	}
+}
+
+// at is the element of out with number seq.
+func (s *linkState) at(seq uint64) *outbound { return s.out.At(int(seq - s.acked - 1)) } //nolint:gosec // it is in out
 
 // close queues the last message, after every frame queued before. With urgent,
 // frames that have not been sent yet are given up.
@@ -121,14 +129,12 @@ func (s *linkState) close(err error, urgent bool) {
 		return
 	}
 	if urgent {
-		keep := s.maxSent - s.acked
-		clear(s.out[keep:])
-		s.out = s.out[:keep]
+		s.out.Truncate(int(s.maxSent - s.acked)) //nolint:gosec // a length
 		s.lastSeq = s.maxSent
 	}
 	reason, payload := reasonOf(err)
 	buf := append(make([]byte, Headroom), payload...)
-	s.out = append(s.out, outbound{buf: buf, reason: reason, close: true})
+	s.out.Push(outbound{buf: buf, reason: reason, close: true})
 	s.lastSeq++
 	s.closing = true
 }
@@ -140,12 +146,13 @@ func (s *linkState) lose(err error, now time.Time) {
 		return
 	}
 	s.reset, s.resetCause, s.nextProbe, s.resetsLeft = true, err, now, resetTries
-	s.out = nil
+	s.out.Truncate(0)
 }
 
 // forget ends the link without a word to the other side.
 func (s *linkState) forget() {
-	s.reset, s.resetDone, s.out = true, true, nil
+	s.reset, s.resetDone = true, true
+	s.out.Truncate(0)
 }
 
 // consume says that the socket has taken n frame bytes (with overhead). The other
@@ -210,6 +217,11 @@ func (s *linkState) due(now time.Time) bool {
 	return s.probeDue(now) || s.ackDue(now)
 }
 
+// speaks reports whether next has something to say or to note, or the link is done.
+func (s *linkState) speaks(now time.Time) bool {
+	return s.reset || s.gap && !s.gapTold || s.sendNext <= s.lastSeq || s.full() || s.due(now) || s.done()
+}
+
 // done reports whether this end has nothing left to say or to hear.
 func (s *linkState) done() bool {
 	return s.resetDone || !s.ackNow && (s.remoteEnd || s.closing && s.acked == s.lastSeq)
@@ -258,7 +270,7 @@ func (s *linkState) retransmit() {
 	s.burst = lossBurst
 	for s.sendNext > s.acked+1 {
 		s.sendNext--
-		s.offset -= s.out[s.sendNext-s.acked-1].cost()
+		s.offset -= s.at(s.sendNext).cost
 	}
 }
 
@@ -283,7 +295,7 @@ func (s *linkState) next(now time.Time) (m Message, buf []byte, ok bool) {
 		return s.stamp(Message{Kind: KindAck, Seq: s.received + 1}), nil, true
 	case s.remoteEnd: // nobody is left there to take anything
 	case s.sendNext <= s.lastSeq:
-		o := s.out[s.sendNext-s.acked-1]
+		o := s.at(s.sendNext)
 		if (o.close || s.offset < s.credit) && s.mayBurst() {
 			return s.nextNumbered(o, now), o.buf, true
 		}
@@ -309,12 +321,12 @@ func (s *linkState) mayBurst() bool {
 	return s.burst == 0 || s.sendNext == s.acked+1 || s.offset-s.ackedTo < s.burst
 }
 
-func (s *linkState) nextNumbered(o outbound, now time.Time) Message {
+func (s *linkState) nextNumbered(o *outbound, now time.Time) Message {
 	m := Message{Kind: KindData, Seq: s.sendNext, Payload: o.buf[Headroom:]}
 	if o.close {
 		m.Kind, m.Reason = KindClose, o.reason
 	}
-	s.offset += o.cost()
+	s.offset += o.cost
 	s.sendNext++
 	s.maxSent, s.sent = max(s.maxSent, m.Seq), max(s.sent, s.offset)
 	s.await(now)
@@ -379,6 +391,9 @@ func (s *linkState) receive(m Message, now time.Time) (deliver []byte, end error
 	switch m.Kind {
 	case KindAck:
 		if m.Seq != 0 && m.Seq == s.acked+1 {
+			if s.sendNext > m.Seq && (s.at(m.Seq).buf == nil || s.inHand == m.Seq && !s.frees) {
+				return nil, errViolation // it was handed over, or is being: no end on this node sees a gap then
+			}
 			s.retransmit()
 		}
 	case KindProbe:
@@ -423,20 +438,20 @@ func (s *linkState) receiveNumbered(m Message, now time.Time) (deliver []byte, e
 
 func (s *linkState) acknowledge(ack uint64, now time.Time) {
 	if ack > s.acked {
-		n := ack - s.acked
-		for s.sendNext <= ack {
-			s.offset += s.out[s.sendNext-s.acked-1].cost()
-			s.sendNext++
+		for ; s.sendNext <= ack; s.sendNext++ {
+			s.offset += s.at(s.sendNext).cost
 		}
-		for _, o := range s.out[:n] {
-			s.ackedTo += o.cost()
+		for s.acked < ack {
+			o := s.out.Pop()
+			s.acked++
+			s.ackedTo += o.cost
+			if s.frees && s.acked != s.inHand {
+				Free(o.buf)
+			}
 		}
 		if s.burst *= 2; s.burst >= s.window {
 			s.burst = 0
 		}
-		clear(s.out[:n])
-		s.out = s.out[n:]
-		s.acked = ack
 		if !s.waitingSince.IsZero() {
 			s.waitingSince, s.nextProbe = now, now.Add(probeInterval)
 		}
