@@ -47,8 +47,9 @@ type kv interface {
 	// getLeader reads from the leader: it may be old while that is cut off. The error
 	// is errUnknown.
 	getLeader(ctx context.Context, key string) (record, error)
-	// last is the revision of the latest write to any key. It may be old as getLeader.
-	last(ctx context.Context) (uint64, error)
+	// version tells what the bucket holds now from what it holds at any other time. It
+	// may be old as getLeader.
+	version(ctx context.Context) (version, error)
 	// getMany reads at most maxGetMany keys from a replica that has every write up to
 	// revision since: it waits for one. Keys without a record are not in the result,
 	// and neither may others be.
@@ -67,6 +68,13 @@ type bucket struct {
 	ttl      time.Duration // of every key; 0: none
 	storage  jetstream.StorageType
 	replicas int // when this node creates it; 0: what suits the cluster
+}
+
+// version of a bucket: every write, removal and loss changes one of these.
+type version struct {
+	last            uint64 // revision of the latest write to any key
+	first, messages uint64
+	created         int64 // nanoseconds since 1970
 }
 
 // record is one key's latest state. A key that ended has a revision (its
@@ -201,14 +209,15 @@ func (b *bucket) direct(answer *nats.Msg) (key string, rec record, err error) {
 	return key, record{value: answer.Data, revision: revision, exists: !ended}, nil
 }
 
-func (b *bucket) last(ctx context.Context) (uint64, error) {
+func (b *bucket) version(ctx context.Context) (version, error) {
 	ctx, cancel := context.WithTimeout(ctx, kvTimeout)
 	defer cancel()
 	stream, err := b.conn.JetStream().Stream(ctx, b.stream())
 	if err != nil {
-		return 0, fmt.Errorf("%w: read from %s: %w", errUnknown, b.name, err)
+		return version{}, fmt.Errorf("%w: read from %s: %w", errUnknown, b.name, err)
 	}
-	return stream.CachedInfo().State.LastSeq, nil
+	info := stream.CachedInfo()
+	return version{last: info.State.LastSeq, first: info.State.FirstSeq, messages: info.State.Msgs, created: info.Created.UnixNano()}, nil
 }
 
 func (b *bucket) getMany(ctx context.Context, keys []string, since uint64) (map[string]record, error) {

@@ -189,10 +189,11 @@ func TestBucket_GetMany(t *testing.T) {
 				}
 			}
 		}
-		since, err := b.last(ctx)
+		v, err := b.version(ctx)
 		if err != nil {
 			t.Fatal(err)
 		}
+		since := v.last
 		found, err := b.getMany(ctx, keys, since) // nothing of it is missing, whichever replica answers
 		if err != nil || len(found) != 25 {
 			t.Fatalf("got %d keys, %v; want 25", len(found), err)

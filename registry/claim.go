@@ -26,7 +26,7 @@ func (r *Registry) ClaimServer(serverID string, conn Conn, opts ...Option) error
 	}
 	h := &holding{
 		serverID: serverID, session: bus.NewSessionID(), conn: conn, opts: o,
-		since: time.Now(), links: make(map[*bus.Link]bool),
+		since: time.Now(),
 	}
 	r.mu.Lock()
 	r.sessions[h.session] = h // a phone may find it the instant that the KV knows
@@ -57,12 +57,18 @@ func (r *Registry) claim(h *holding) error {
 			return err
 		}
 	}
-	for {
+	for try := 0; ; try++ {
 		newRev, err := r.take(ctx, h, before, rev)
 		if err == nil {
 			return r.claimed(h, before, newRev)
 		}
 		h.unsure = h.unsure || !errors.Is(err, errLost)
+		if try == 0 {
+			if found, at, ok := r.left(ctx, h); ok {
+				before, rev = found, at
+				continue
+			}
+		}
 		found, at, err := r.replaceable(ctx, h)
 		switch {
 		case err != nil:
@@ -115,6 +121,23 @@ func (r *Registry) replaceable(ctx context.Context, h *holding) (entry, uint64, 
 			return entry{}, 0, fmt.Errorf("%w: %w", ErrUndecided, err)
 		}
 	}
+}
+
+// left looks whether the entry is one that nobody is behind any more, of a dead node or in
+// its grace. A read from any replica is enough for that: the write that follows expects
+// its revision. The leader answers one read after the other, with everybody else's in
+// between, and a gateway that dies has its binaries claim by the thousand.
+func (r *Registry) left(ctx context.Context, h *holding) (found entry, rev uint64, ok bool) {
+	there, err := r.presence.get(ctx, h.key())
+	if err != nil {
+		return entry{}, 0, false
+	}
+	found, ok = entryOf(there)
+	if !ok || found.Session == h.session || found.Node == r.bus.Node() {
+		return entry{}, 0, false
+	}
+	ok = found.State == stateGrace || r.askNode(ctx, found.Node) == nodeDead
+	return found, there.revision, ok
 }
 
 // ownEntry is what the KV should say of serverID if this node has its binary.

@@ -359,11 +359,11 @@ func TestFight_KVWritesAndPingsAreBounded(t *testing.T) {
 		ns := s.three()
 		b := ns[0].mustClaim("id")
 		writes := func() uint64 {
-			last, err := ns[0].presence.last(t.Context())
+			v, err := ns[0].presence.version(t.Context())
 			if err != nil {
 				t.Fatal(err)
 			}
-			return last
+			return v.last
 		}
 		const rivals = 60
 		start, before := time.Now(), writes()

@@ -31,7 +31,7 @@ type holding struct {
 	revision uint64             // of the latest write to its key that we know of
 	written  holdingState       // what the KV says of it, as far as we know
 	since    time.Time          // of the connection
-	links    map[*bus.Link]bool // the attach table; true: attached in grace
+	links    map[*bus.Link]bool // the attach table; true: attached in grace; nil before the first
 	ending   *time.Timer        // of the grace
 	next     *probe             // that has not been sent yet
 	probed   time.Time          // when the latest was sent

@@ -233,9 +233,71 @@ func (r *Registry) leaseGone(ctx context.Context, node bus.NodeID) bool {
 	return err == nil && !rec.exists && r.unbrokenFor() >= r.cfg.LeaseTTL
 }
 
-// askNode finds out, for a claim, whether node is there: it answers, or nobody
-// does twice with deadCheckWait between, while the KV answers, or its lease is gone.
+// asking is one question to a node. All claims share it that came before it began: a
+// gateway that dies has its binaries claim elsewhere by the thousand.
+type asking struct {
+	done  chan struct{} // closed when state is set
+	state nodeState
+}
+
+// askNode tells a claim whether node is there, by a question that begins after this call.
+// One that another claim began may be nodeUnknown because that had no time left: then
+// it is asked once more.
 func (r *Registry) askNode(ctx context.Context, node bus.NodeID) nodeState {
+	for range 2 {
+		a, before, mine := r.joinAsking(node)
+		if mine {
+			return r.ask(ctx, node, a, before)
+		}
+		select {
+		case <-a.done:
+		case <-ctx.Done():
+			return nodeUnknown
+		}
+		if a.state != nodeUnknown {
+			return a.state
+		}
+	}
+	return nodeUnknown
+}
+
+// joinAsking returns the question to node that has not begun yet. mine says that it is
+// new and the caller's to ask, after before, which is under way, if that is not nil.
+func (r *Registry) joinAsking(node bus.NodeID) (a, before *asking, mine bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if a := r.nextAsking[node]; a != nil {
+		return a, nil, false
+	}
+	a = &asking{done: make(chan struct{})}
+	r.nextAsking[node] = a
+	return a, r.nowAsking[node], true
+}
+
+func (r *Registry) ask(ctx context.Context, node bus.NodeID, a, before *asking) nodeState {
+	if before != nil {
+		select {
+		case <-before.done:
+		case <-ctx.Done():
+		}
+	}
+	r.mu.Lock()
+	delete(r.nextAsking, node)
+	r.nowAsking[node] = a
+	r.mu.Unlock()
+	a.state = r.findOut(ctx, node)
+	r.mu.Lock()
+	if r.nowAsking[node] == a {
+		delete(r.nowAsking, node)
+	}
+	r.mu.Unlock()
+	close(a.done)
+	return a.state
+}
+
+// findOut asks whether node is there: it answers, or nobody does twice with
+// deadCheckWait between, while the KV answers, or its lease is gone.
+func (r *Registry) findOut(ctx context.Context, node bus.NodeID) nodeState {
 	for try := 0; ; try++ {
 		err := r.bus.Hello(ctx, node)
 		switch {

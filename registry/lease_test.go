@@ -1,10 +1,12 @@
 package registry
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -369,4 +371,60 @@ func TestNodeKilled_PhonesElsewhereKnow(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Claims share a question to a node that begins after all of them came, and no other.
+func TestAskNode_OneQuestionForACrowd(t *testing.T) {
+	t.Parallel()
+	r := &Registry{nextAsking: make(map[bus.NodeID]*asking), nowAsking: make(map[bus.NodeID]*asking)}
+	first, before, mine := r.joinAsking("n")
+	if !mine || before != nil {
+		t.Fatal("nobody has asked, and yet the question is not the caller's")
+	}
+	if a, _, mine := r.joinAsking("n"); mine || a != first {
+		t.Error("a second question although the first one has not begun")
+	}
+	if _, _, mine := r.joinAsking("other"); !mine {
+		t.Error("another node's question is taken for this one's")
+	}
+	delete(r.nextAsking, "n") // it begins
+	r.nowAsking["n"] = first
+	second, before, mine := r.joinAsking("n")
+	if !mine || second == first || before != first {
+		t.Error("a claim shares a question that began before it came")
+	}
+	if a, _, mine := r.joinAsking("n"); mine || a != second {
+		t.Error("two claims that wait for the same question to begin do not share it")
+	}
+}
+
+// The one who asks has no time left: the others are not told that nothing is known for
+// that reason, and nothing stays behind.
+func TestAskNode_TheOneWhoAsksGivesUp(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		gone, cancel := context.WithCancel(t.Context())
+		cancel()
+		if got := n.askNode(gone, "nobody-00000000"); got != nodeUnknown {
+			t.Errorf("asked without time: %v, want nodeUnknown", got)
+		}
+		var wg sync.WaitGroup
+		for i := range 20 {
+			wg.Go(func() {
+				ctx := t.Context()
+				if i == 0 {
+					ctx = gone
+				}
+				if got := n.askNode(ctx, "nobody-00000000"); got != nodeDead && ctx != gone {
+					t.Errorf("a node that was never there: %v, want nodeDead", got)
+				}
+			})
+		}
+		wg.Wait()
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if len(n.nextAsking)+len(n.nowAsking) > 0 {
+			t.Errorf("questions are left: %d to begin, %d under way", len(n.nextAsking), len(n.nowAsking))
+		}
+	})
 }

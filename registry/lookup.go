@@ -231,6 +231,9 @@ func (r *Registry) open(l *bus.Link) (recv bus.Receiver, inGrace bool, before *b
 		return nil, false, before, bus.ErrTooManyPhones
 	}
 	inGrace = h.state == grace
+	if h.links == nil {
+		h.links = make(map[*bus.Link]bool)
+	}
 	h.links[l] = inGrace
 	return h.opts.recv, inGrace, before, nil
 }

@@ -280,11 +280,12 @@ type inbox struct {
 
 func newInbox() *inbox { return &inbox{ends: make(chan error, 64)} }
 
-func (i *inbox) Deliver(l *bus.Link, p []byte) {
+func (i *inbox) Deliver(l *bus.Link, buf []byte) {
+	p := bus.Frame(buf)
 	i.mu.Lock()
 	i.frames = append(i.frames, unmarked(p))
 	i.mu.Unlock()
-	l.Consumed(len(p))
+	l.Consumed(1, len(p))
 }
 
 func (i *inbox) End(_ *bus.Link, err error) { i.ends <- err }

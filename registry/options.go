@@ -67,12 +67,13 @@ func WithoutProbe() Option { return func(o *options) { o.noProbe = true } }
 // plainReceiver hands frames to a connection that is nothing but a Conn.
 type plainReceiver struct{ conn Conn }
 
-func (p plainReceiver) Deliver(l *bus.Link, frame []byte) {
+func (p plainReceiver) Deliver(l *bus.Link, buf []byte) {
+	frame := bus.Frame(buf)
 	if err := p.conn.Send(frame); err != nil {
 		l.Abort(bus.ErrLinkLost)
 		return
 	}
-	l.Consumed(len(frame))
+	l.Consumed(1, len(frame))
 }
 
 func (p plainReceiver) End(l *bus.Link, _ error) {

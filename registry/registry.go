@@ -46,12 +46,15 @@ type Registry struct {
 	current  map[string]*holding          // by server-id: what this node holds, or held and keeps in grace
 	sessions map[bus.SessionID]*holding   // these, and claims under way
 	phones   map[string]map[string]*phone // by server-id and conn id: phones attached through this node
-	orphans  map[bus.SessionID]orphan     // entries that this node may have left in the KV
-	trouble  troubleState
-	stopped  bool // nothing is spawned any more
+	// What claims want to know about other nodes, and what is being asked.
+	nextAsking, nowAsking map[bus.NodeID]*asking
+	orphans               map[bus.SessionID]orphan // entries that this node may have left in the KV
+	trouble               troubleState
+	stopped               bool // nothing is spawned any more
 
 	// Owned by sweepLoop.
 	known   map[bus.NodeID]nodeEntry // nodes that had a lease at the latest sweep
+	settled version                  // of the presence bucket when it agreed with all holdings; zero: that is not known
 	reapDue int                      // for how many sweeps entries of dead nodes may be in the KV; 0: there are none
 }
 
@@ -82,11 +85,12 @@ func newOver(b *bus.Bus, cfg Config, log *slog.Logger, nodes, presence kv) *Regi
 		bus: b, cfg: cfg, nodes: nodes, presence: presence, log: bus.EventLogger(log),
 		renewNow: make(chan struct{}, 1), sweepNow: make(chan struct{}, 1),
 		ctx: ctx, cancel: cancel,
-		current:  make(map[string]*holding),
-		sessions: make(map[bus.SessionID]*holding),
-		phones:   make(map[string]map[string]*phone),
-		orphans:  make(map[bus.SessionID]orphan),
-		reapDue:  1, // whoever ran here before may have left entries
+		current:    make(map[string]*holding),
+		sessions:   make(map[bus.SessionID]*holding),
+		phones:     make(map[string]map[string]*phone),
+		nextAsking: make(map[bus.NodeID]*asking), nowAsking: make(map[bus.NodeID]*asking),
+		orphans: make(map[bus.SessionID]orphan),
+		reapDue: 1, // whoever ran here before may have left entries
 	}
 }
 

@@ -466,11 +466,11 @@ func (w *simWorld) dial(n *simNode, serverID string) {
 // simReceiver is a phone whose end nobody asks about.
 type simReceiver struct{}
 
-func (simReceiver) Deliver(l *bus.Link, p []byte) { l.Consumed(len(p)) }
+func (simReceiver) Deliver(l *bus.Link, p []byte) { l.Consumed(1, len(bus.Frame(p))) }
 func (simReceiver) End(*bus.Link, error)          {}
 
 // Deliver implements bus.Receiver.
-func (p *simPhone) Deliver(l *bus.Link, frame []byte) { l.Consumed(len(frame)) }
+func (p *simPhone) Deliver(l *bus.Link, buf []byte) { l.Consumed(1, len(bus.Frame(buf))) }
 
 // End implements bus.Receiver.
 func (p *simPhone) End(l *bus.Link, err error) {

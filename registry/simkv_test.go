@@ -180,6 +180,13 @@ func (s *simStore) keysOf() []string {
 	return slices.Sorted(maps.Keys(s.log))
 }
 
+// wipedAt is when the bucket was lost for the last time.
+func (s *simStore) wipedAt() time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.wiped
+}
+
 // wipe loses the bucket.
 func (s *simStore) wipe() {
 	s.mu.Lock()
@@ -431,14 +438,14 @@ func (b simBucket) getLeader(ctx context.Context, key string) (record, error) {
 	return b.asOf(key, t), nil
 }
 
-func (b simBucket) last(ctx context.Context) (uint64, error) {
+func (b simBucket) version(ctx context.Context) (version, error) {
 	ctx, cancel := b.call(ctx)
 	defer cancel()
 	t, err := b.leaderView(ctx)
 	if err != nil {
-		return 0, err
+		return version{}, err
 	}
-	return b.lastAsOf(t), nil
+	return version{last: b.lastAsOf(t), created: b.wipedAt().UnixNano()}, nil
 }
 
 func (b simBucket) getMany(ctx context.Context, keys []string, since uint64) (map[string]record, error) {

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"math/rand/v2"
@@ -166,6 +167,7 @@ func (p *simPort) Subscribe(subject string, f func(*nats.Msg)) (stop func(), err
 var errSimLost = errors.New("simulation: connection lost")
 
 func (p *simPort) Publish(subject, replyTo string, data []byte) error {
+	data = bytes.Clone(data)
 	p.net.mu.Lock()
 	defer p.net.mu.Unlock()
 	if p.state == portAway || p.state == portDead {

@@ -36,7 +36,11 @@ func (r *Registry) sweepLoop(ctx context.Context) {
 		missing = err != nil
 		r.lease.mu.Lock()
 		doubts := r.lease.doubts
+		doubtful := doubts != r.lease.swept
 		r.lease.mu.Unlock()
+		if missing || doubtful {
+			r.settled = version{}
+		}
 		if missing || !r.sweep(ctx) {
 			pause(ctx, leaseRetry)
 			r.sweepSoon()
@@ -51,22 +55,26 @@ func (r *Registry) sweepLoop(ctx context.Context) {
 
 // sweep makes "connected means registered" true again, whatever happened to the
 // KV, and removes what this node left behind there. It returns false if something
-// could not be found out, and gives up when the KV does not seem to answer at all.
+// could not be found out, and gives up when the KV does not seem to answer at all. While
+// the KV is what it was when all agreed, it looks only at what is not written yet.
 func (r *Registry) sweep(ctx context.Context) bool {
+	now, err := r.presence.version(ctx)
+	unchanged := err == nil && now == r.settled
 	r.mu.Lock()
-	holdings := make([]*holding, 0, len(r.current))
+	var holdings []*holding
 	for _, h := range r.current {
-		holdings = append(holdings, h)
+		if !unchanged || h.written != h.state {
+			holdings = append(holdings, h)
+		}
 	}
 	orphans := maps.Clone(r.orphans)
 	r.mu.Unlock()
 	answering, giveUp := context.WithCancel(ctx)
 	defer giveUp()
 	var unknown atomic.Int32
-	since, err := r.presence.last(ctx)
 	for chunk := range slices.Chunk(holdings, maxGetMany) {
 		if err == nil {
-			chunk = r.differing(answering, chunk, since)
+			chunk = r.differing(answering, chunk, now.last)
 		}
 		eachOf(chunk, sweepWorkers, func(h *holding) {
 			if !r.check(answering, h) && unknown.Add(1) == sweepWorkers {
@@ -79,6 +87,9 @@ func (r *Registry) sweep(ctx context.Context) bool {
 	}
 	eachOf(slices.Collect(maps.Keys(orphans)), sweepWorkers, func(s bus.SessionID) { r.removeOrphan(ctx, s, orphans[s]) })
 	r.lookAtNodes(ctx)
+	if err == nil && unknown.Load() == 0 {
+		r.settled = now
+	}
 	return unknown.Load() == 0
 }
 

@@ -2,8 +2,11 @@ package registry
 
 import (
 	"context"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/pyrycode/pyrycode-relay/bus"
 )
@@ -67,4 +70,72 @@ func TestFrozenNode_EndsLinksThatTheOthersForgot(t *testing.T) {
 		wantErr(t, "the phone", within(t, 5*time.Second, "end", p.in.ends), bus.ErrLinkLost)
 		ns[1].mustDial("id")
 	})
+}
+
+// A node whose entries all agree reads none of them again while the KV is what it was,
+// and all of them when anything in it has changed: a key, by anybody, or the messages
+// that a purge by hand takes away without a new revision.
+func TestSweep_ReadsEntriesOnlyWhenTheKVHasChanged(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		n.mustClaim("id")
+		n.mustClaim("other")
+		n.cancel() // its own sweeps; each call of read is one
+		n.tasks.Wait()
+		kv := &countingKV{kv: n.presence}
+		n.presence, n.settled = kv, version{}
+		read := func(what string, want bool) {
+			t.Helper()
+			before := kv.reads.Load()
+			if !n.sweep(t.Context()) {
+				t.Fatalf("%s: the sweep found something unknown", what)
+			}
+			if got := kv.reads.Load() > before; got != want {
+				t.Errorf("%s: entries were read: %v, want %v", what, got, want)
+			}
+		}
+		read("after the claims", true)
+		read("nothing has changed", false)
+		read("still nothing", false)
+		s.write("somebody", entry{Node: "else", Session: bus.NewSessionID(), State: stateHeld}.encode())
+		read("another key was written", true)
+		read("nothing since", false)
+		s.purge("id")
+		read("a key was purged without a word", true)
+		if _, ok := s.entry("id"); !ok {
+			t.Error("the purged entry was not written again")
+		}
+		read("after its own write", true)
+		read("nothing since", false)
+	})
+}
+
+// purge takes a key's messages out of the stream, and leaves no marker.
+func (s *scene) purge(key string) {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	stream, err := s.js.Stream(ctx, "KV_"+s.cfg.KVPrefix+"_presence")
+	if err == nil {
+		err = stream.Purge(ctx, jetstream.WithPurgeSubject("$KV."+s.cfg.KVPrefix+"_presence."+key))
+	}
+	if err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// countingKV counts the reads of entries.
+type countingKV struct {
+	kv
+	reads atomic.Int32
+}
+
+func (c *countingKV) getMany(ctx context.Context, keys []string, since uint64) (map[string]record, error) {
+	c.reads.Add(1)
+	return c.kv.getMany(ctx, keys, since)
+}
+
+func (c *countingKV) getLeader(ctx context.Context, key string) (record, error) {
+	c.reads.Add(1)
+	return c.kv.getLeader(ctx, key)
 }
