@@ -29,8 +29,9 @@ type phone struct {
 	decision error // of the registry, to be told as a close code; nil: attached
 
 	// Owned by the reading goroutine.
-	prefix []byte // of an envelope; nil before the first frame
+	prefix []byte // of the envelopes; nil before the first frame
 	token  string // for the first envelope; it is not kept longer
+	head   int    // bytes before the frame, in what begin returned
 }
 
 func (g *Gateway) serveClient(w http.ResponseWriter, r *http.Request) {
@@ -86,7 +87,7 @@ func (p *phone) serve() {
 	p.g.phones.Add(1)
 	serverID, connID := logServerID(p.serverID), logConnID(p.id)
 	p.g.log.Info("phone_registered", "server_id", serverID, "conn_id", connID, "device_name", p.device, "remote", p.addr)
-	err := p.readMessages(p.handle)
+	err := p.readMessages(p)
 	code := p.endedAs(err)
 	p.link.Close(bus.CodeError(code)) //nolint:gosec // a close code
 	p.g.reg.UnregisterPhone(p.serverID, p.id)
@@ -101,34 +102,39 @@ func (p *phone) refuse() {
 		p.g.log.Info("phone_register_no_server", "server_id", logServerID(p.serverID), "remote", p.addr)
 	}
 	p.closeAs(codeFor(p.decision))
-	_ = p.readMessages(func([]byte) {}) // until the close frame has been answered
+	_ = p.readMessages(discard{}) // until the close frame has been answered
 }
 
 // ended implements peer. What did not reach the phone is lost with its session.
 func (p *phone) ended([]message) {}
 
-// handle passes one message of the phone on.
-func (p *phone) handle(msg []byte) {
-	if !validFrame(msg) {
+// begin implements sink: a frame is read into its envelope.
+func (p *phone) begin(size int) []byte {
+	prefix := p.prefix
+	if prefix == nil {
+		prefix = upPrefix(p.id, p.token, p.token != "")
+	}
+	buf := append(bus.NewBuffer(len(prefix)+size+len(upSuffix)), prefix...)
+	p.head = len(buf)
+	return buf
+}
+
+// message implements sink: it passes one frame of the phone on.
+func (p *phone) message(buf []byte) {
+	if !validFrame(buf[p.head:]) {
+		bus.Free(buf)
 		p.closeAs(codeNotJSON)
 		return
 	}
-	prefix := p.prefix
-	if prefix == nil {
-		p.prefix = upPrefix(p.id, "", false)
-		prefix = upPrefix(p.id, p.token, p.token != "")
-		p.token = ""
+	if p.prefix == nil {
+		p.prefix, p.token = upPrefix(p.id, "", false), ""
 	}
-	buf := make([]byte, bus.Headroom, bus.Headroom+len(prefix)+len(msg)+len(upSuffix))
-	buf = append(buf, prefix...)
-	buf = append(buf, msg...)
-	buf = append(buf, upSuffix...)
-	_ = p.link.Send(buf) // fails when the link has ended, and then End closes the connection
+	_ = p.link.Send(bus.Fit(append(buf, upSuffix...))) // fails when the link has ended, and then End closes the connection
 }
 
 // Deliver implements bus.Receiver: one frame of the binary.
-func (p *phone) Deliver(l *bus.Link, frame []byte) {
-	_ = p.out.put(message{frame, l}) // fails when the phone has gone
+func (p *phone) Deliver(l *bus.Link, buf []byte) {
+	_ = p.out.put(message{buf, l}) // fails when the phone has gone
 }
 
 // End implements bus.Receiver.

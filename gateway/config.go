@@ -26,10 +26,12 @@ type Config struct {
 	UpgradeBurst    int
 	// TrustedProxies may say who the client is, in X-Forwarded-For.
 	TrustedProxies []netip.Prefix
-	// PingInterval between pings to every peer, and PongTimeout for the answer.
+	// PingInterval between pings to every peer, and PongTimeout for the answer, which
+	// is rounded up to a thirtieth of PingInterval, and is three of these at least.
 	// Default 30 s each.
 	PingInterval, PongTimeout time.Duration
-	// WriteTimeout for one message to a peer. Default 10 s.
+	// WriteTimeout for one write to a peer: a message, or some that are small. Default
+	// 10 s.
 	WriteTimeout time.Duration
 	// MessageTimeout for a peer to finish a message that it has begun. Default
 	// 30 s.
@@ -60,11 +62,21 @@ func (c Config) withDefaults() Config {
 }
 
 const (
-	// readBuffer and writeBuffer are the library's bufio sizes in bytes: its
-	// defaults of 4 KiB each would be most of what an idle connection costs. Larger
-	// messages bypass them.
-	readBuffer  = 1 << 10
-	writeBuffer = 512
+	// readBuffer and writeBuffer are the library's bufio sizes in bytes, which every
+	// connection has: room for a header, and for a close frame. What a system call
+	// reads or writes is in larger buffers, which only busy connections have.
+	readBuffer  = 64
+	writeBuffer = 128
+
+	// ownReadBuffer replaces readBuffer for a connection that is not plain TCP, and so
+	// cannot share the larger ones.
+	ownReadBuffer = 1 << 10
+
+	// readSize is how many bytes one system call may read.
+	readSize = 64 << 10
+
+	// controlFrame is the length of the longest control frame (RFC 6455, 5.5).
+	controlFrame = 2 + 125
 
 	// backlogSlack is added, for each phone that a server-id may have, to what its
 	// link may carry: the envelope and its token.
@@ -93,10 +105,8 @@ const (
 	// window, 2.5 MB/s over a round trip of 100 ms.
 	socketBuffer = 256 << 10
 
-	// scratchSize is what a message is read into at first, and scratchKeep the
-	// largest scratch that is kept for the next message.
-	scratchSize = 4 << 10
-	scratchKeep = 64 << 10
+	// usualMessage is how many bytes a peer's first message is expected to have.
+	usualMessage = 300
 
 	// stallTime is from when on the handling of a message counts as a pause of
 	// reading: passing it on takes microseconds, waiting for credit much longer.
@@ -106,9 +116,9 @@ const (
 	// slot, so that pings are spread and no connection has a timer of its own.
 	heartbeatSlots = 30
 
-	// thawTime is what a process that was stopped and continued (SIGCONT, a machine
-	// that was paused) has to read what came meanwhile, before a pong counts as late.
-	thawTime = time.Second
+	// thawTicks is how many ticks of the heartbeat a pong that is late has to be read
+	// in, after a process that was stopped (SIGCONT, a machine that was paused) goes on.
+	thawTicks = 2
 
 	// parkTime is how long a binary that was just upgraded is kept at least although
 	// the relay could not decide: closed at once, it would redial at once.

@@ -25,10 +25,11 @@ type conn struct {
 	kind  kind
 	id    string
 	slot  int           // of the heartbeat
+	beat  beat          // owned by heartbeatLoop
 	done  chan struct{} // closed when the socket has ended
 	sock  *socket       // set by start
 	out   outbox
-	tasks sync.WaitGroup // writer, pings, timers
+	tasks sync.WaitGroup // the writer, and a claim under way
 
 	handling atomic.Bool   // the reader is in its handler
 	stalls   atomic.Uint64 // how often it was there for longer than stallTime
@@ -41,7 +42,7 @@ type conn struct {
 func (c *conn) init(g *Gateway, k kind, id string, onClose func(code int)) {
 	c.g, c.kind, c.id, c.onClose = g, k, id, onClose
 	c.done = make(chan struct{})
-	c.out.conn = c
+	c.out.conn, c.out.run = c, c.out.writeLoop
 }
 
 // ConnID names the connection.
@@ -49,7 +50,7 @@ func (c *conn) ConnID() string { return c.id }
 
 // Send queues one message. It returns bus.ErrClosed when the connection is ending.
 func (c *conn) Send(p []byte) error {
-	return c.out.put(message{p: p})
+	return c.out.put(message{buf: p})
 }
 
 // Close closes the connection as one that the relay has no more use for.
@@ -104,75 +105,65 @@ func (c *conn) pinged(payload []byte) {
 	c.out.wake()
 }
 
-// heartbeat pings the peer once and closes the connection if it does not answer.
-// If the relay itself stopped reading meanwhile, the pong may wait behind frames
-// that nobody has read: then the next heartbeat tells. If the whole process was
-// stopped meanwhile, the pong is in the socket: the end of the time-out is a timer
-// of its own, so that there is time to read it.
-func (c *conn) heartbeat() {
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	end := min(thawTime, c.g.cfg.PongTimeout/4)
-	defer time.AfterFunc(c.g.cfg.PongTimeout-end, func() { time.AfterFunc(end, cancel) }).Stop()
-	stalls := c.stalls.Load()
-	if c.ping(ctx) == nil || ctx.Err() == nil {
-		return // it answered, or has ended, and its reader knows how
-	}
-	if c.handling.Load() || c.stalls.Load() != stalls {
-		return
-	}
-	c.closeAs(codeHeartbeat)
+// sink takes the messages of a peer.
+type sink interface {
+	// begin returns what a message is appended to, of size bytes if it is like the one
+	// before.
+	begin(size int) []byte
+	// message takes what begin returned, the message appended, for good.
+	message(p []byte)
 }
 
-// scratch is what messages are read into before their length is known.
-var scratches = sync.Pool{New: func() any { b := make([]byte, 0, scratchSize); return &b }}
-
-// readMessages calls handle for each message of the peer until the connection
-// ends, and returns why. p is only good during the call. Messages that come while
-// the relay closes the connection are read and dropped, so that the peer's close
-// frame is seen.
-func (c *conn) readMessages(handle func(p []byte)) error {
+// readMessages gives s each message of the peer until the connection ends, and returns
+// why. Messages that come while the relay closes the connection are read and dropped,
+// so that the peer's close frame is seen.
+func (c *conn) readMessages(s sink) error {
+	size := usualMessage
 	for {
 		r, err := c.sock.next()
 		if err != nil {
 			return err
 		}
-		if err := c.readMessage(r, handle); err != nil {
+		if size, err = c.readMessage(r, s, size); err != nil {
 			return err
 		}
 		c.sock.endMessage()
 	}
 }
 
-func (c *conn) readMessage(r io.Reader, handle func(p []byte)) error {
-	scratch := scratches.Get().(*[]byte)
-	defer func() {
-		if cap(*scratch) <= scratchKeep {
-			scratches.Put(scratch)
-		}
-	}()
-	p, err := readAll(r, (*scratch)[:0], c.g.cfg.MaxFrameBytes)
-	*scratch = p
+// readMessage reads one message, where the one before had size bytes, and returns its own
+// size.
+func (c *conn) readMessage(r io.Reader, s sink, size int) (int, error) {
+	p := s.begin(size)
+	start := len(p)
+	p, err := readAll(r, p, start+c.g.cfg.MaxFrameBytes)
+	size = len(p) - start
 	switch {
 	case err != nil:
-		return err
-	case len(p) > c.g.cfg.MaxFrameBytes:
+		return 0, err
+	case size > c.g.cfg.MaxFrameBytes:
 		c.closeAs(codeTooBig)
 		_, err := io.Copy(io.Discard, r)
-		return err
+		return 0, err
 	}
 	if _, closing := c.out.closed(); closing {
-		return nil
+		return size, nil
 	}
-	start := time.Now()
+	begun := time.Now()
 	c.handling.Store(true)
-	handle(p)
+	s.message(p)
 	c.handling.Store(false)
-	if time.Since(start) > stallTime {
+	if time.Since(begun) > stallTime {
 		c.stalls.Add(1)
 	}
-	return nil
+	return size, nil
 }
+
+// discard is the sink of a peer that the relay has nothing to do with.
+type discard struct{}
+
+func (discard) begin(size int) []byte { return bus.NewBuffer(size) }
+func (discard) message(p []byte)      { bus.Free(p) }
 
 // readAll reads r to its end into p, or until there is more than limit.
 func readAll(r io.Reader, p []byte, limit int) ([]byte, error) {

@@ -9,7 +9,7 @@ import (
 )
 
 // control is the pings and pongs of a connection. The outbox's writer writes them,
-// between two messages, like everything else: so they have the write deadline of a
+// between two batches of messages, like everything else: so they have the write deadline of a
 // message, and not the 5 s after which the library breaks the connection, and no
 // pong is left out because of a long message.
 type control struct {
@@ -50,6 +50,13 @@ func (c *control) ponged(payload []byte) {
 		close(c.news)
 		c.news = nil
 	}
+}
+
+// answeredTo reports whether ping n was answered.
+func (c *control) answeredTo(n uint64) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.answered >= n
 }
 
 // wait returns nil when ping n was answered.

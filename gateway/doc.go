@@ -7,7 +7,7 @@
 // From a phone to its binary, phone on node A, binary on node B:
 //
 //	phone → socket.next, conn.readMessage     A: the phone's read loop
-//	      → phone.handle                      one JSON value? splice the envelope around it
+//	      → phone.message                     one JSON value? splice the envelope around it
 //	      → bus.Link.Send                     numbered; blocks while a window is on its way
 //	      → NATS <B>.server.<token>           or a call, if A is B
 //	      → binary.Deliver                    B: the dispatch goroutine; must not block
@@ -29,9 +29,9 @@
 //
 // What a phone sent is in the binary's envelopes bit for bit, in order, once, and
 // the other way round; or the phone is closed. A close never overtakes a message
-// (outbox). A ping is answered between two messages. What can be refused before the 101 is refused there, because that is
-// what makes a binary back off; every upgrade is answered within 5 s
-// (registry: decideTimeout). A peer that is closed gets its code unless it takes
+// (outbox). A ping is answered between two writes. What can be refused before the 101
+// is refused there, because that is what makes a binary back off; every upgrade is
+// answered within 5 s (registry: decideTimeout). A peer that is closed gets its code unless it takes
 // nothing for the write time-out.
 //
 // Not guaranteed: that a frame which the socket took reached the peer. A peer whose
@@ -43,14 +43,22 @@
 // serveClient and serveServer: limit per address (429) → cap (503) → headers (400)
 // → handshake (the library: 426, 405, 400) → the registry's decision, made before
 // the 101 goes out (upgrader.Hijack) and told as 503, or after the 101 as a close
-// code. A binary whose claim needs a probe is upgraded and parked (binary.serve).
+// code. A binary whose claim needs a probe is upgraded and parked (binary.finishClaim).
 //
 // # Goroutines
 //
 // Per connection: the reader (Gateway.run), which ends last and awaits the others;
 // the outbox's writer, while there is something to write, pings and pongs included, or
-// to close; one for each pong that is waited for; one for a claim that needs a probe. Per gateway: heartbeatLoop,
-// while there is a connection.
+// to close; one for a claim that needs a probe. Per gateway: heartbeatLoop, while there
+// is a connection.
+//
+// # Memory
+//
+// A connection that rests has no buffers but the library's small ones. What a system call
+// reads goes to a buffer of 64 KiB that the connection has until all of it has been handled,
+// so also while Send blocks; what is written is put together in one of 32 KiB that belongs to
+// the writer. A frame is in one buffer (bus.NewBuffer) from the reader that made it to the
+// writer that frees it, if both peers are on this node; else to the acknowledgement.
 //
 // Deliver and End run on the bus's goroutines and do not block.
 //

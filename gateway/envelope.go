@@ -3,9 +3,7 @@ package gateway
 import (
 	"bytes"
 	"errors"
-	"io"
 	"strconv"
-	"sync"
 	"unicode/utf8"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -55,18 +53,16 @@ func appendQuoted(b []byte, s string) []byte {
 // No frame may enter an envelope without it: `1},"close_code":4401,…` would close the
 // envelope early and speak for the relay. Safe for concurrent use.      (protocol.md: Frames)
 func validFrame(p []byte) bool {
-	if !utf8.Valid(p) {
-		return false
-	}
-	d := newDecoder(p)
-	defer d.release()
-	return d.skip() == nil && d.atEnd()
+	s := newScanner(p)
+	defer s.release()
+	end := s.value(s.space(0))
+	return end >= 0 && s.space(end) == len(p) && (s.ascii() || utf8.Valid(p))
 }
 
 // downEnvelope is what a binary told the relay about one of its phones: a frame to deliver,
 // a close code to close with after it, or both.
 type downEnvelope struct {
-	connID    []byte // unquoted, not empty; in the input or in the scratch
+	connID    []byte // unquoted, not empty; in the input unless it has escapes
 	frame     []byte // JSON, its exact bytes, in the input; nil if absent or null
 	closeCode int    // 1…65535; 0 if absent, null or 0
 
@@ -93,23 +89,21 @@ const (
 // formed, and addressed to no phone.
 var errPushWake = errors.New("push_wake envelope")
 
-// parseDown reads one envelope from a binary. The result refers to p, and to scratch if
-// conn_id had to be unescaped and fits, so both must be left alone for as long as it is in
-// use. As in encoding/json, the last of two equal keys wins, a key may be written with
-// escapes and unknown ones are ignored; but keys match in exact case only. The bytes of
-// frame may hold invalid UTF-8. The errors are malformed and errPushWake. Safe for
-// concurrent use.                                           (protocol.md: The routing envelope)
-func parseDown(p, scratch []byte) (downEnvelope, error) {
-	d := newDecoder(p)
-	defer d.release()
+// parseDown reads one envelope from a binary. The result refers to p, which must be left
+// alone for as long as it is in use. As in encoding/json, the last of two equal keys wins, a
+// key may be written with escapes and unknown ones are ignored; but keys match in exact case
+// only. The bytes of frame may hold invalid UTF-8. The errors are malformed and errPushWake.
+// Safe for concurrent use.                                  (protocol.md: The routing envelope)
+func parseDown(p []byte) (downEnvelope, error) {
+	s := newScanner(p)
+	defer s.release()
 	var e downEnvelope
-	if err := d.object(func(name, value []byte) error { return e.set(name, value, scratch) }); err != nil {
-		return downEnvelope{}, err
-	}
-	if !d.atEnd() {
-		return downEnvelope{}, errTrailing
-	}
+	end, err := s.envelope(&e)
 	switch {
+	case err != nil:
+		return downEnvelope{}, err
+	case s.space(end) != len(p):
+		return downEnvelope{}, errTrailing
 	case len(e.connID) == 0 && e.pushWake:
 		return downEnvelope{}, errPushWake
 	case len(e.connID) == 0:
@@ -120,8 +114,48 @@ func parseDown(p, scratch []byte) (downEnvelope, error) {
 	return e, nil
 }
 
+// envelope reads the object that p starts with into e, and returns where it ends.
+func (s *scanner) envelope(e *downEnvelope) (end int, err error) {
+	i := s.space(0)
+	switch c := s.at(i); {
+	case c == '[', c != '{' && s.value(i) >= 0:
+		return 0, errNotObject
+	case c != '{':
+		return 0, errSyntax
+	}
+	s.push('{')
+	if i = s.space(i + 1); s.at(i) == '}' {
+		return i + 1, nil
+	}
+	for {
+		name := i
+		nameEnd := s.text(name)
+		if nameEnd < 0 {
+			return 0, errSyntax
+		}
+		start := s.colon(nameEnd)
+		if start < 0 {
+			return 0, errSyntax
+		}
+		if end = s.value(start); end < 0 {
+			return 0, errSyntax
+		}
+		if err := e.set(unquote(s.p[name:nameEnd]), s.p[start:end]); err != nil {
+			return 0, err
+		}
+		switch i = s.space(end); s.at(i) {
+		case '}':
+			return i + 1, nil
+		case ',':
+			i = s.space(i + 1)
+		default:
+			return 0, errSyntax
+		}
+	}
+}
+
 // set takes over one member. The name is unquoted, the value is JSON; null unsets.
-func (e *downEnvelope) set(name, value, scratch []byte) error {
+func (e *downEnvelope) set(name, value []byte) error {
 	if string(value) == "null" {
 		value = nil
 	}
@@ -130,7 +164,7 @@ func (e *downEnvelope) set(name, value, scratch []byte) error {
 		if value != nil && value[0] != '"' {
 			return errConnID
 		}
-		e.connID = unquote(scratch, value)
+		e.connID = unquote(value)
 	case "frame":
 		e.frame = value
 	case "close_code":
@@ -154,109 +188,15 @@ func (e *downEnvelope) setCloseCode(value []byte) error {
 	return nil
 }
 
-// unquote returns the text of the JSON string quoted (nil for nil), which it sub-slices if
-// it can and otherwise unescapes into scratch.
-func unquote(scratch, quoted []byte) []byte {
+// unquote returns the text of the JSON string quoted (nil for nil): a part of it if that
+// is possible, else unescaped, in memory of its own.
+func unquote(quoted []byte) []byte {
 	if quoted == nil {
 		return nil
 	}
 	if bytes.IndexByte(quoted, '\\') < 0 && utf8.Valid(quoted) {
 		return quoted[1 : len(quoted)-1]
 	}
-	text, _ := jsontext.AppendUnquote(scratch[:0], quoted) // its error says no more than that U+FFFD was put in
+	text, _ := jsontext.AppendUnquote(nil, quoted) // its error says no more than that U+FFFD was put in
 	return text
-}
-
-// decoder finds the bounds of the JSON values in p without building them. Pooled; owned by
-// one call. jsontext parses a bytes.Buffer in place, so its offsets are offsets into p.
-type decoder struct {
-	p       []byte
-	shallow bool
-
-	buf  bytes.Buffer
-	json jsontext.Decoder
-}
-
-// maxRecursion is how deep a message may nest, by a count of its brackets, to be read by
-// recursion. That is 1.5 times as fast as reading token by token, but needs up to 420 bytes
-// of stack a level: 10,000 levels (20 KB of message) would leave the reading goroutine of
-// a connection with a stack of 4 MiB, these leave it with 128 KiB.
-const maxRecursion = 256
-
-// decodeOptions make jsontext accept what JSON allows and encoding/json accepts: equal keys
-// and escapes that are half a surrogate pair. Whether p is UTF-8 is then the caller's to check.
-var decodeOptions = []jsontext.Options{
-	jsontext.AllowDuplicateNames(true),
-	jsontext.AllowInvalidUTF8(true),
-}
-
-var decoders = sync.Pool{New: func() any { return new(decoder) }}
-
-func newDecoder(p []byte) *decoder {
-	d := decoders.Get().(*decoder)
-	d.reset(p)
-	d.shallow = bytes.Count(p, []byte{'['})+bytes.Count(p, []byte{'{'}) <= maxRecursion
-	return d
-}
-
-// release gives d back to the pool, without p.
-func (d *decoder) release() {
-	d.reset(nil)
-	decoders.Put(d)
-}
-
-func (d *decoder) reset(p []byte) {
-	d.p, d.buf = p, *bytes.NewBuffer(p)
-	d.json.Reset(&d.buf, decodeOptions...)
-}
-
-// skip moves past the next value.
-func (d *decoder) skip() error {
-	if d.shallow {
-		_, err := d.json.ReadValue()
-		return err
-	}
-	return d.json.SkipValue()
-}
-
-// next moves past the next value, or name of an object's member, and returns its bytes.
-func (d *decoder) next() ([]byte, error) {
-	start := d.json.InputOffset()
-	if err := d.skip(); err != nil {
-		return nil, errSyntax
-	}
-	// No value starts with a byte of what can stand between two of them.
-	return bytes.TrimLeft(d.p[start:d.json.InputOffset()], " \t\r\n:,"), nil
-}
-
-// object reads one object and hands each of its members to set, the name unquoted.
-func (d *decoder) object(set func(name, value []byte) error) error {
-	begin, err := d.json.ReadToken()
-	switch {
-	case err != nil:
-		return errSyntax
-	case begin.Kind() != jsontext.KindBeginObject:
-		return errNotObject
-	}
-	for d.json.PeekKind() != jsontext.KindEndObject {
-		name, err := d.next()
-		if err != nil {
-			return err
-		}
-		value, err := d.next()
-		if err != nil {
-			return err
-		}
-		if err := set(unquote(nil, name), value); err != nil {
-			return err
-		}
-	}
-	_, err = d.json.ReadToken()
-	return err
-}
-
-// atEnd reports whether nothing but whitespace is left.
-func (d *decoder) atEnd() bool {
-	_, err := d.json.ReadToken()
-	return errors.Is(err, io.EOF)
 }

@@ -208,33 +208,6 @@ func (g *Gateway) run(p peer, leave func(outcome)) {
 	leave(outcomeDone)
 }
 
-// heartbeatLoop pings every connection once in PingInterval, a slot at a tick. It
-// ends with the last connection.
-func (g *Gateway) heartbeatLoop() {
-	ticker := time.NewTicker(g.cfg.PingInterval / heartbeatSlots)
-	defer ticker.Stop()
-	for slot := 0; ; {
-		beat := false
-		select {
-		case <-ticker.C:
-			slot, beat = (slot+1)%heartbeatSlots, true
-		case <-g.emptied:
-		}
-		g.mu.Lock()
-		if beat {
-			for c := range g.slots[slot] {
-				c.tasks.Go(c.heartbeat)
-			}
-		}
-		g.beating = g.open > 0
-		more := g.beating
-		g.mu.Unlock()
-		if !more {
-			return
-		}
-	}
-}
-
 // all lists the connections.
 func (g *Gateway) all() (conns []*conn) {
 	g.mu.Lock()

@@ -550,11 +550,28 @@ func (n *node) rawDial(serverID string) net.Conn {
 	return c
 }
 
+// rawServe connects a binary over a plain socket.
+func (n *node) rawServe(serverID string) net.Conn {
+	n.t.Helper()
+	c, err := net.Dial("tcp", strings.TrimPrefix(n.http, "http://"))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.t.Cleanup(func() { c.Close() })
+	upgradeRaw(n.t, c, "/v1/server", fmt.Sprintf("X-Pyrycode-Server: %s\r\nX-Pyrycode-Version: 1\r\n", serverID))
+	return c
+}
+
 // handshake makes c a phone's connection.
 func handshake(t *testing.T, c net.Conn, serverID string) {
 	t.Helper()
-	fmt.Fprintf(c, "GET /v1/client HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"+
-		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nUser-Agent: raw/1\r\nX-Pyrycode-Server: %s\r\nX-Pyrycode-Token: %s\r\n\r\n", serverID, markToken)
+	upgradeRaw(t, c, "/v1/client", fmt.Sprintf("X-Pyrycode-Server: %s\r\nX-Pyrycode-Token: %s\r\n", serverID, markToken))
+}
+
+func upgradeRaw(t *testing.T, c net.Conn, path, headers string) {
+	t.Helper()
+	fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"+
+		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nUser-Agent: raw/1\r\n%s\r\n", path, headers)
 	var head []byte
 	for one := make([]byte, 1); !strings.HasSuffix(string(head), "\r\n\r\n"); head = append(head, one[0]) {
 		c.SetReadDeadline(time.Now().Add(patience))

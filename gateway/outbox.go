@@ -14,13 +14,14 @@ import (
 // in it.
 type outbox struct {
 	conn    *conn
-	limit   int // bytes that may wait; 0: no limit of its own
+	run     func() // writeLoop; made once, because go allocates what it has to bind
+	limit   int    // bytes that may wait; 0: no limit of its own
 	control control
 
 	// Guarded by mu.
 	mu      sync.Mutex
 	sock    *socket // nil until the upgrade is done
-	queue   []message
+	queue   bus.Queue[message]
 	size    int       // bytes of queue, each message with messageOverhead
 	unsent  []message // that were queued and can never be written, without their bytes
 	writing bool      // the writer runs
@@ -29,15 +30,23 @@ type outbox struct {
 	failed  bool // nothing can be written any more
 }
 
-// message is one message to the peer, and the link that is told when the socket
-// has taken it.
+// message is one message to the peer. With a link, buf is a buffer of the bus, and the
+// link is told when the socket has taken the frame in it.
 type message struct {
-	p    []byte
+	buf  []byte
 	link *bus.Link
 }
 
+// text is what the peer gets.
+func (m message) text() []byte {
+	if m.link != nil {
+		return bus.Frame(m.buf)
+	}
+	return m.buf
+}
+
 // cost is how m counts against a limit.
-func (m message) cost() int { return len(m.p) + messageOverhead }
+func (m message) cost() int { return len(m.text()) + messageOverhead }
 
 // put queues m. The error is bus.ErrClosed when the connection is ending, and
 // bus.ErrBacklog when there is no room for a phone's frame. What the relay itself
@@ -58,7 +67,7 @@ func (o *outbox) put(m message) error {
 		o.wakeLocked()
 		return bus.ErrClosed
 	}
-	o.queue = append(o.queue, m)
+	o.queue.Push(m)
 	o.size += m.cost()
 	o.wakeLocked()
 	return nil
@@ -69,7 +78,7 @@ func (o *outbox) open(s *socket) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.sock = s
-	if len(o.queue) > 0 || o.closing || o.control.due() {
+	if o.queue.Len() > 0 || o.closing || o.control.due() {
 		o.wakeLocked()
 	}
 }
@@ -82,7 +91,7 @@ func (o *outbox) wake() {
 }
 
 // close has the connection closed as c after what is queued, or after the messages in
-// hand where c says so. Each message has its write deadline, so a peer that takes
+// hand where c says so. Each write has its deadline, so a peer that takes
 // nothing does not delay it for longer. The first call wins; it returns false for
 // the others.
 func (o *outbox) close(c closeCode) bool {
@@ -99,17 +108,13 @@ func (o *outbox) close(c closeCode) bool {
 	return true
 }
 
-// dropLocked gives up what is queued. o.mu is held.
+// dropLocked gives up what is queued, and remembers whose messages were never written.
+// o.mu is held.
 func (o *outbox) dropLocked() {
-	o.giveUpLocked(o.queue)
-	o.queue, o.size = nil, 0
-}
-
-// giveUpLocked remembers whose messages were never written. o.mu is held.
-func (o *outbox) giveUpLocked(messages []message) {
-	for _, m := range messages {
-		o.unsent = append(o.unsent, message{link: m.link})
+	for o.queue.Len() > 0 {
+		o.unsent = append(o.unsent, message{link: o.queue.Pop().link})
 	}
+	o.size = 0
 }
 
 // fail says that the connection has ended.
@@ -140,23 +145,32 @@ func (o *outbox) wakeLocked() {
 		return
 	}
 	o.writing = true
-	o.conn.tasks.Go(o.writeLoop)
+	o.conn.tasks.Add(1)
+	go o.run()
 }
 
-// batch is what leaves in one write, as far as it fits. A writer has one while it
-// runs.
+// batch is what leaves in one write. A writer has one while it runs.
 type batch struct {
 	messages []message
-	buf      []byte // nil until there are messages: most pings come alone
+	control  [2 * controlFrame]byte // for a pong and a ping that leave alone
+	frames   []byte                 // nil until there are messages: most pings come alone
 }
 
 var batches = sync.Pool{New: func() any { return new(batch) }}
 
 // writeLoop writes what is queued, in batches, and ends when there is nothing left.
 func (o *outbox) writeLoop() {
+	defer o.conn.tasks.Done()
 	b := batches.Get().(*batch)
 	defer batches.Put(b)
-	for o.take(b) {
+	for {
+		switch o.take(b) {
+		case over:
+			return
+		case closing:
+			o.sock.close(o.closeAs, o.conn.done) // closeAs stays as it is
+			return
+		}
 		if err := o.write(b); err != nil {
 			o.lost(b)
 			o.sock.drop() // the reader ends with it
@@ -164,88 +178,103 @@ func (o *outbox) writeLoop() {
 		}
 		o.wrote(b)
 	}
-	o.mu.Lock()
-	c, closing := o.closeAs, o.closing && !o.failed
-	o.mu.Unlock()
-	if closing {
-		o.sock.close(c, o.conn.done)
-	}
 }
 
-// take moves messages from the queue to b, one at least. It returns false when there
-// is nothing to write; then the writer has ended, and for good if the connection is
-// closing.
-func (o *outbox) take(b *batch) bool {
+// work is what a writer is to do.
+type work uint8
+
+const (
+	over    work = iota // nothing: it ends, and another one may begin
+	closing             // the close, which nothing follows: no other one begins
+	writing             // what take put into the batch
+)
+
+// take moves messages from the queue to b, if there are any. What it returns is decided
+// together with whether another writer may begin: else that one's message could come
+// after this one's close.
+func (o *outbox) take(b *batch) work {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.failed || len(o.queue) == 0 && !o.control.due() {
-		o.writing = o.closing
-		return false
+	switch {
+	case o.failed:
+		return over // nothing begins any more
+	case o.queue.Len() > 0 || o.control.due():
+	case o.closing:
+		return closing
+	default:
+		o.writing = false
+		return over
 	}
-	n := 0
-	for size := 0; n < len(o.queue) && (n == 0 || size+o.queue[n].cost() <= batchSize); n++ {
-		size += o.queue[n].cost()
-		o.size -= o.queue[n].cost()
+	for size := 0; o.queue.Len() > 0; {
+		m := *o.queue.At(0)
+		if size += m.cost(); size > batchSize && len(b.messages) > 0 {
+			break
+		}
+		o.size -= m.cost()
+		b.messages = append(b.messages, o.queue.Pop())
 	}
-	b.messages = append(b.messages, o.queue[:n]...)
-	clear(o.queue[:n])
-	if o.queue = o.queue[n:]; len(o.queue) == 0 {
-		o.queue = nil
-	}
-	return true
+	return writing
 }
 
-// write writes the control frames that are due and then the messages of b.
+// write writes the control frames that are due and then the messages of b. A message
+// that is larger than a batch is alone in it, and is not copied.
 func (o *outbox) write(b *batch) error {
+	frames := b.control[:0]
 	if len(b.messages) > 0 {
-		if b.buf == nil {
-			b.buf = make([]byte, 0, batchSize)
+		if b.frames == nil {
+			b.frames = make([]byte, 0, len(b.control)+batchSize)
 		}
-		o.sock.hold(b.buf)
+		frames = b.frames[:0]
 	}
-	err := o.writeHeld(b.messages)
-	if flushErr := o.sock.flush(); err == nil { // b.buf is not used after it
-		err = flushErr
-	}
-	return err
-}
-
-func (o *outbox) writeHeld(messages []message) error {
 	for op, payload, ok := o.control.next(); ok; op, payload, ok = o.control.next() {
-		if err := o.sock.writeControl(op, payload); err != nil {
-			return err
+		frames = appendFrame(frames, op, payload)
+		if len(frames)+controlFrame > len(b.control) {
+			break // the next batch has the others
 		}
 	}
-	for _, m := range messages {
-		if err := o.sock.write(m.p); err != nil {
-			return err
+	var rest []byte
+	for _, m := range b.messages {
+		if m.cost() > batchSize {
+			frames, rest = appendHeader(frames, opText, len(m.text())), m.text()
+			break
 		}
+		frames = appendFrame(frames, opText, m.text())
 	}
-	return nil
+	return o.sock.write(frames, rest)
 }
 
 // wrote tells the links of b that the socket has taken their frames.
 func (o *outbox) wrote(b *batch) {
-	frames := 0
+	total, frames, bytes := 0, 0, 0
 	for i, m := range b.messages {
-		if m.link != nil {
-			m.link.Consumed(len(m.p))
-			frames++
+		if m.link == nil {
+			continue
 		}
-		b.messages[i] = message{}
+		total, frames, bytes = total+1, frames+1, bytes+len(m.text())
+		if i+1 == len(b.messages) || b.messages[i+1].link != m.link {
+			m.link.Consumed(frames, bytes)
+			frames, bytes = 0, 0
+		}
+		bus.Free(m.buf)
 	}
+	b.clear()
+	if total > 0 {
+		o.conn.g.metrics.forwarded(o.conn.kind, total)
+	}
+}
+
+func (b *batch) clear() {
+	clear(b.messages)
 	b.messages = b.messages[:0]
-	if frames > 0 {
-		o.conn.g.metrics.forwarded(o.conn.kind, frames)
-	}
 }
 
 // lost ends the writer, whose messages in hand could not be written.
 func (o *outbox) lost(b *batch) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.giveUpLocked(b.messages)
-	clear(b.messages)
-	b.messages = b.messages[:0]
+	for _, m := range b.messages {
+		o.unsent = append(o.unsent, message{link: m.link})
+	}
+	b.clear()
 	o.failed, o.writing = true, false
 }

@@ -22,18 +22,18 @@ func TestOutbox_BinaryThatTakesTooLittle(t *testing.T) {
 	b.out.limit = fit * (size + messageOverhead)
 	link := new(bus.Link)
 	for i := range fit {
-		if err := b.out.put(message{make([]byte, size), link}); err != nil {
+		if err := b.out.put(message{make([]byte, bus.Headroom+size), link}); err != nil {
 			t.Fatalf("frame %d of %d: %v", i, fit, err)
 		}
 	}
-	if err := b.out.put(message{make([]byte, 1), link}); !errors.Is(err, bus.ErrBacklog) {
+	if err := b.out.put(message{make([]byte, bus.Headroom+1), link}); !errors.Is(err, bus.ErrBacklog) {
 		t.Errorf("a frame over the limit: %v, want ErrBacklog", err)
 	}
 	if code, closing := b.out.closed(); closing {
 		t.Errorf("closed with %+v", code)
 	}
 	notices := 0
-	for ; b.out.put(message{p: make([]byte, size)}) == nil; notices++ {
+	for ; b.out.put(message{buf: make([]byte, size)}) == nil; notices++ {
 	}
 	if want := noticeRoom / (size + messageOverhead); notices != want {
 		t.Errorf("%d notices over the limit, want %d", notices, want)
@@ -44,7 +44,7 @@ func TestOutbox_BinaryThatTakesTooLittle(t *testing.T) {
 	left := b.abandon()
 	n := 0
 	for _, m := range left {
-		if m.link == link && m.p == nil {
+		if m.link == link && m.buf == nil {
 			n++
 		}
 	}
@@ -123,7 +123,7 @@ func TestOutbox_SlowPeer_GetsAllBeforeTheClose(t *testing.T) {
 func TestControl_PongBetweenMessages(t *testing.T) {
 	bubble(t, func(t *testing.T, c *conn, peer net.Conn) {
 		var reader sync.WaitGroup
-		reader.Go(func() { _ = c.readMessages(func([]byte) {}) })
+		reader.Go(func() { _ = c.readMessages(discard{}) })
 		long := make([]byte, 100_000)
 		for range 2 {
 			if err := c.Send(long); err != nil {
@@ -159,7 +159,7 @@ func TestControl_PongBetweenMessages(t *testing.T) {
 func TestControl_PingIntoAFullSocket(t *testing.T) {
 	bubble(t, func(t *testing.T, c *conn, peer net.Conn) {
 		var reader sync.WaitGroup
-		reader.Go(func() { _ = c.readMessages(func([]byte) {}) })
+		reader.Go(func() { _ = c.readMessages(discard{}) })
 		full := make([]byte, 64<<10-4)
 		if err := c.Send(full); err != nil {
 			t.Fatal(err)
@@ -197,4 +197,29 @@ func TestControl_PingIntoAFullSocket(t *testing.T) {
 		reader.Wait()
 		c.end()
 	})
+}
+
+// A writer that found nothing to write does not close what another one is to write to: a
+// message and the close that follows it at once come in their order.
+func TestOutbox_WriterThatFoundNothing_LeavesTheCloseToTheNext(t *testing.T) {
+	t.Parallel()
+	c := new(conn)
+	c.init(&Gateway{}, kindPhone, "c", func(int) {})
+	o, first, second := &c.out, new(batch), new(batch)
+	o.writing = true // the first one is at its end
+	if got := o.take(first); got != over || o.writing {
+		t.Fatalf("an empty outbox gives its writer work %d, writing %v, want it over", got, o.writing)
+	}
+	if err := c.Send([]byte("last")); err != nil {
+		t.Fatal(err)
+	}
+	c.closeAs(closeCode{code: 4321})
+	o.writing = true // the second one, which that message began
+	if got := o.take(second); got != writing || len(second.messages) != 1 {
+		t.Fatalf("work %d with %d messages, want the message", got, len(second.messages))
+	}
+	second.clear()
+	if got := o.take(second); got != closing || !o.writing {
+		t.Errorf("work %d, writing %v, want the close, and nobody after it", got, o.writing)
+	}
 }

@@ -34,7 +34,7 @@ type binary struct {
 
 	// Guarded by mu.
 	mu        sync.Mutex
-	phones    map[string]*bus.Link // by conn id: the phones that the binary has heard from
+	phones    map[string]*bus.Link // by conn id: the phones that the binary has heard from; nil before the first
 	gone      bool                 // the connection has ended
 	counted   bool                 // in Gateway.held
 	lost      bool                 // the server-id; it is not counted any more
@@ -42,8 +42,7 @@ type binary struct {
 	earlySize int
 
 	// Owned by decide until decided is closed, then by the reading goroutine.
-	scratch [512]byte // for a conn id with escapes
-	warned  map[string]struct{}
+	warned map[string]struct{}
 }
 
 func (g *Gateway) serveServer(w http.ResponseWriter, r *http.Request) {
@@ -57,7 +56,7 @@ func (g *Gateway) serveServer(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
-	b := &binary{serverID: h.serverID, version: logText(h.version), addr: addr, phones: make(map[string]*bus.Link), decided: make(chan struct{})}
+	b := &binary{serverID: h.serverID, version: logText(h.version), addr: addr, decided: make(chan struct{})}
 	b.init(g, kindBinary, bus.NewConnID(h.serverID), func(int) {})
 	b.out.limit = g.reg.MaxPhones() * (g.reg.Bus().Window() + g.cfg.MaxFrameBytes + backlogSlack)
 	sock, err := upgrade(w, r, &b.conn, func() error {
@@ -91,21 +90,40 @@ func (b *binary) claim(opts ...registry.Option) error {
 
 // serve implements peer.
 func (b *binary) serve() {
+	end := b.finishClaim()
+	_ = b.readMessages(b)
+	end()
+}
+
+// finishClaim decides the claim, beside the reader if that takes time. end awaits it.
+func (b *binary) finishClaim() (end func()) {
+	if b.decision == nil {
+		b.decide(context.Background())
+		close(b.decided)
+		return func() {}
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	b.tasks.Go(func() {
 		defer close(b.decided)
 		b.decide(ctx)
 	})
-	_ = b.readMessages(b.receive)
-	cancel()
-	<-b.decided
+	return func() {
+		cancel()
+		<-b.decided
+	}
 }
 
-// receive handles a message, or keeps it until the claim is decided. It reads no
-// further when much has been kept; before that, the binary's pings are answered.
+// begin implements sink.
+func (b *binary) begin(size int) []byte { return bus.NewBuffer(size) }
+
+// message implements sink. It handles a message, or keeps it until the claim is
+// decided. It reads no further when much has been kept; before that, the binary's pings
+// are answered.
 //
 //	(protocol.md: Life of a claim, 6)
-func (b *binary) receive(msg []byte) {
+func (b *binary) message(buf []byte) {
+	defer bus.Free(buf)
+	msg := bus.Frame(buf)
 	select {
 	case <-b.decided:
 	default:
@@ -200,7 +218,7 @@ func (b *binary) decide(ctx context.Context) {
 
 // handle passes one message of the binary on to the phone that it names.
 func (b *binary) handle(msg []byte) {
-	e, err := parseDown(msg, b.scratch[:0])
+	e, err := parseDown(msg)
 	if err != nil {
 		b.drop(dropKind(err))
 		return
@@ -213,9 +231,7 @@ func (b *binary) handle(msg []byte) {
 		return
 	}
 	if e.frame != nil {
-		buf := make([]byte, bus.Headroom+len(e.frame))
-		copy(buf[bus.Headroom:], e.frame)
-		_ = l.Offer(buf) // fails when the link has ended, and then End tells
+		_ = l.Offer(append(bus.NewBuffer(len(e.frame)), e.frame...)) // fails when the link has ended, and then End tells
 	}
 	if e.closeCode != 0 {
 		l.Close(bus.CodeError(e.closeCode)) //nolint:gosec // parseDown: at most 65535
@@ -245,16 +261,19 @@ func (b *binary) drop(kind string) {
 }
 
 // Deliver implements bus.Receiver: one envelope of a phone.
-func (b *binary) Deliver(l *bus.Link, envelope []byte) {
+func (b *binary) Deliver(l *bus.Link, buf []byte) {
 	b.mu.Lock()
 	gone := b.gone
 	if !gone {
+		if b.phones == nil {
+			b.phones = make(map[string]*bus.Link)
+		}
 		b.phones[l.ConnID()] = l
 	}
 	b.mu.Unlock()
 	err := bus.ErrClosed
 	if !gone {
-		err = b.out.put(message{envelope, l})
+		err = b.out.put(message{buf, l})
 	}
 	switch {
 	case errors.Is(err, bus.ErrBacklog):
@@ -272,7 +291,7 @@ func (b *binary) Deliver(l *bus.Link, envelope []byte) {
 // asked to close.                         (protocol.md: The routing envelope)
 func (b *binary) End(l *bus.Link, err error) {
 	b.forget(l)
-	_ = b.out.put(message{p: closeNotice(l.ConnID(), noticeCode(err))}) // fails when the binary has gone too
+	_ = b.out.put(message{buf: closeNotice(l.ConnID(), noticeCode(err))}) // fails when the binary has gone too
 }
 
 // evict ends a binary that lost its server-id.

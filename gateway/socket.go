@@ -3,18 +3,22 @@ package gateway
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
+	bin "encoding/binary"
 	"errors"
 	"io"
 	"net"
 	"net/http"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/coder/websocket"
 )
 
-// This file is the only one of the gateway that touches the WebSocket library.
+// This file is the only one of the gateway that touches the WebSocket library. The
+// library shakes hands, reads and closes; frames are written here.
 //                                                           (docs/adr/0001)
 
 // socket is one WebSocket connection. Reader and writer are one goroutine each; drop
@@ -24,119 +28,100 @@ type socket struct {
 	wire *wire
 }
 
-// wire is the net.Conn under a socket. It bounds each write, and each message
-// that has begun to arrive, in time; silence between messages is not bounded. It
-// holds back what the outbox writes until that says flush, so that many small
-// messages leave in one write.
+// wire is the net.Conn under a socket. It bounds each write, and each message that
+// has begun to arrive, in time; silence between messages is not bounded. It reads
+// into a buffer that the connection has only while there is something in it: so a
+// connection that rests keeps none, and a busy one needs few system calls.
 type wire struct {
 	net.Conn
 	writeTimeout   time.Duration
 	messageTimeout time.Duration
 
-	br *bufio.Reader // static; read by the reading goroutine, and by close's once closing is set
+	// Static.
+	br    *bufio.Reader
+	raw   syscall.RawConn       // of a plain TCP connection; nil: its bytes come through Conn
+	ready func(fd uintptr) bool // fill
 
-	// Guarded by mu.
-	mu        sync.Mutex
-	begun     time.Time // when the first byte of the message in hand came; zero: none
-	deadline  bool      // a read deadline is set
-	inMessage bool      // between a message's header and its end
-	closing   bool      // close reads now, with a time limit of its own
+	// Owned by the reading goroutine, and by close's once closing is set. The library
+	// has only one of them read at a time.
+	buf       *[readSize]byte // holds unread; nil: that came with the handshake, or there is none
+	unread    []byte
+	failed    error // of the last system call; nil with nothing unread: the end
+	inHand    bool  // bytes of a message have been read, and not its end
+	inMessage bool  // between a message's first header and its end
+	deadline  bool  // a read deadline is set
+
+	mu      sync.Mutex
+	closing bool // close reads now, with a time limit of its own
 
 	// Guarded by out, which is held while something is written.
-	out     sync.Mutex
-	held    []byte // to be written by flush; nil: nothing is held back
-	writing bool   // between beginWrite and endWrite: they share a deadline
-	timed   bool   // which has been set
+	out  sync.Mutex
+	over bool // a close frame has been written, or a part of a frame: nothing may follow
 }
 
-// Write implements net.Conn for the library.
-func (w *wire) Write(p []byte) (int, error) {
-	w.out.Lock()
-	defer w.out.Unlock()
-	if w.held != nil && len(w.held)+len(p) <= cap(w.held) {
-		w.held = append(w.held, p...)
-		return len(p), nil
-	}
-	if err := w.flushLocked(); err != nil {
-		return 0, err
-	}
-	return w.send(p)
-}
+// readBuffers are used by connections that have something to read.
+var readBuffers = sync.Pool{New: func() any { return new([readSize]byte) }}
 
-// send writes p. A message has one deadline for all its writes. w.out is held.
-func (w *wire) send(p []byte) (int, error) {
-	if !w.writing || !w.timed {
-		w.timed = true
-		_ = w.SetWriteDeadline(time.Now().Add(w.writeTimeout)) // fails only when closed, and then the write fails too
-	}
-	return w.Conn.Write(p)
-}
-
-// flushLocked writes what is held back. w.out is held.
-func (w *wire) flushLocked() error {
-	if len(w.held) == 0 {
-		return nil
-	}
-	p := w.held
-	w.held = w.held[:0]
-	_, err := w.send(p)
-	return err
-}
-
-// hold has writes wait for flush, as far as buf has room.
-func (w *wire) hold(buf []byte) {
-	w.out.Lock()
-	defer w.out.Unlock()
-	w.held = buf[:0]
-}
-
-// flush writes what is held back, and ends that: buf of hold is the caller's again.
-func (w *wire) flush() error {
-	w.out.Lock()
-	defer w.out.Unlock()
-	err := w.flushLocked()
-	w.held = nil
-	return err
-}
-
-func (w *wire) setWriting(writing bool) {
-	w.out.Lock()
-	defer w.out.Unlock()
-	w.writing, w.timed = writing, false
-}
-
-// Close implements net.Conn for the library, whose close frame may be held back.
-func (w *wire) Close() error {
-	if w.out.TryLock() { // else somebody is stuck in a write
-		_ = w.flushLocked() // the connection ends anyway
-		w.out.Unlock()
-	}
-	return w.Conn.Close()
-}
-
+// Read implements net.Conn for the library.
 func (w *wire) Read(p []byte) (int, error) {
-	w.mu.Lock()
-	if !w.begun.IsZero() && !w.deadline && !w.closing {
-		w.deadline = true
-		_ = w.SetReadDeadline(w.begun.Add(w.messageTimeout)) // fails only when closed, and then the read fails too
-	}
-	w.mu.Unlock()
-	n, err := w.Conn.Read(p)
-	if n > 0 {
-		w.mu.Lock()
-		if w.begun.IsZero() {
-			w.begun = time.Now()
+	if len(w.unread) == 0 {
+		w.bound()
+		if w.raw == nil {
+			n, err := w.Conn.Read(p)
+			w.inHand = w.inHand || n > 0
+			return n, err
 		}
-		w.mu.Unlock()
+		if err := w.raw.Read(w.ready); err != nil {
+			return 0, err
+		}
+		if len(w.unread) == 0 {
+			return 0, cmp.Or(w.failed, io.EOF)
+		}
 	}
-	return n, err
+	n := copy(p, w.unread)
+	if w.unread = w.unread[n:]; len(w.unread) == 0 {
+		if w.buf != nil {
+			readBuffers.Put(w.buf)
+		}
+		w.buf, w.unread = nil, nil
+	}
+	w.inHand = true
+	return n, nil
+}
+
+// fill reads what is there. It returns false when that is nothing yet.
+func (w *wire) fill(fd uintptr) bool {
+	buf := readBuffers.Get().(*[readSize]byte)
+	n, err := readFD(fd, buf[:])
+	if n > 0 {
+		w.buf, w.unread = buf, buf[:n]
+		return true
+	}
+	readBuffers.Put(buf)
+	w.failed = err
+	return !errors.Is(err, syscall.EAGAIN)
+}
+
+// bound sets a deadline if the peer owes the rest of a message.
+func (w *wire) bound() {
+	if !w.inHand || w.deadline {
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.closing {
+		w.deadline = true
+		_ = w.SetReadDeadline(time.Now().Add(w.messageTimeout)) // fails only when closed, and then the read fails too
+	}
 }
 
 // begin says that a message's first header has been read.
 func (w *wire) begin() {
 	w.mu.Lock()
-	w.inMessage = true
-	w.mu.Unlock()
+	defer w.mu.Unlock()
+	if !w.closing {
+		w.inMessage = true
+	}
 }
 
 // rest says that a message has been read to its end, or a control frame, which
@@ -148,10 +133,7 @@ func (w *wire) rest(control bool) {
 		return
 	}
 	w.inMessage = false
-	w.begun = time.Time{}
-	if w.br.Buffered() > 0 {
-		w.begun = time.Now() // the next one has begun
-	}
+	w.inHand = w.br.Buffered() > 0 // of the next one
 	if w.deadline {
 		w.deadline = false
 		_ = w.SetReadDeadline(time.Time{})
@@ -165,6 +147,44 @@ func (w *wire) stop() {
 	defer w.mu.Unlock()
 	w.closing = true
 	_ = w.SetReadDeadline(time.Now().Add(closeTimeout))
+}
+
+// Write implements net.Conn for the library, which writes nothing but a close frame:
+// its own one, or when it has read the peer's or a frame that is against the rules.
+func (w *wire) Write(p []byte) (int, error) {
+	w.out.Lock()
+	defer w.out.Unlock()
+	if w.over {
+		return 0, net.ErrClosed
+	}
+	w.over = true
+	w.extend()
+	return w.Conn.Write(p)
+}
+
+// extend gives what is written next its time. w.out is held.
+func (w *wire) extend() {
+	_ = w.SetWriteDeadline(time.Now().Add(w.writeTimeout)) // fails only when closed, and then the write fails too
+}
+
+// writeFrames writes whole frames, which appendFrame made, and then rest, if it is
+// not empty: the end of the last of them. Nothing follows a close frame.
+func (w *wire) writeFrames(frames, rest []byte) error {
+	w.out.Lock()
+	defer w.out.Unlock()
+	if w.over {
+		return net.ErrClosed
+	}
+	w.extend()
+	var err error
+	if len(rest) == 0 {
+		_, err = w.Conn.Write(frames)
+	} else {
+		both := net.Buffers{frames, rest}
+		_, err = both.WriteTo(w.Conn)
+	}
+	w.over = err != nil
+	return err
 }
 
 // upgrade answers the WebSocket handshake of c. When it is valid and before the 101
@@ -237,16 +257,16 @@ func (u *upgrader) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	}
 	limitBuffers(conn)
 	w := &wire{Conn: conn, writeTimeout: u.cfg.WriteTimeout, messageTimeout: u.cfg.MessageTimeout}
-	u.wire = w
+	w.raw, w.ready = rawConn(conn), w.fill
 	// What the client sent behind its handshake is in the server's buffer.
 	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // as much as is buffered is there
-	w.br = bufio.NewReaderSize(io.MultiReader(bytes.NewReader(bytes.Clone(early)), w), max(readBuffer, len(early)))
-	if _, err := w.br.Peek(len(early)); err != nil {
-		return nil, nil, err
+	w.unread = bytes.Clone(early)
+	size := readBuffer
+	if w.raw == nil {
+		size = ownReadBuffer
 	}
-	if len(early) > 0 {
-		w.begun = time.Now()
-	}
+	w.br = bufio.NewReaderSize(w, size)
+	u.wire = w
 	return w, bufio.NewReadWriter(w.br, bufio.NewWriterSize(w, writeBuffer)), nil
 }
 
@@ -311,36 +331,36 @@ func (s *socket) next() (io.Reader, error) {
 // endMessage says that the reader of next has been read to its end.
 func (s *socket) endMessage() { s.wire.rest(false) }
 
-// hold has what is written wait for flush, as far as buf has room.
-func (s *socket) hold(buf []byte) { s.wire.hold(buf) }
-
-// flush sends what was held back. buf of hold is the caller's again.
-func (s *socket) flush() error { return s.wire.flush() }
-
-// write sends one text message.
-func (s *socket) write(p []byte) error {
-	s.wire.setWriting(true)
-	defer s.wire.setWriting(false)
-	return s.ws.Write(context.Background(), websocket.MessageText, p)
-}
-
-// opcode of a control frame.
+// opcode of a frame (RFC 6455, 5.2).
 type opcode byte
 
 const (
+	opText opcode = 0x1
 	opPing opcode = 0x9
 	opPong opcode = 0xa
 )
 
-// writeControl sends a control frame, past the library, which would wait for it no
-// longer than 5 s and then break the connection. Only the goroutine that writes
-// messages calls it, and so never within one.
-func (s *socket) writeControl(op opcode, payload []byte) error {
-	const final = 0x80
-	frame := append(make([]byte, 0, 2+len(payload)), final|byte(op), byte(len(payload))) //nolint:gosec // at most 125
-	_, err := s.wire.Write(append(frame, payload...))
-	return err
+// appendFrame appends a frame that is a whole message, or a control frame.
+func appendFrame(b []byte, op opcode, payload []byte) []byte {
+	return append(appendHeader(b, op, len(payload)), payload...)
 }
+
+// appendHeader appends the header of a frame whose payload has n bytes.
+func appendHeader(b []byte, op opcode, n int) []byte {
+	const final = 0x80
+	switch {
+	case n <= 125:
+		return append(b, final|byte(op), byte(n)) //nolint:gosec // at most 125
+	case n <= 0xffff:
+		return bin.BigEndian.AppendUint16(append(b, final|byte(op), 126), uint16(n))
+	}
+	return bin.BigEndian.AppendUint64(append(b, final|byte(op), 127), uint64(n))
+}
+
+// write writes what appendFrame made, past the library, whose writer flushes each
+// message and waits for a control frame no longer than 5 s. rest, if it is not empty,
+// is the end of the last frame.
+func (s *socket) write(frames, rest []byte) error { return s.wire.writeFrames(frames, rest) }
 
 // close sends a close frame, waits for the peer's (at most 5 s), and closes. A code
 // that may not be in one closes this direction only: dropped at once, what was

@@ -5,6 +5,7 @@ import (
 	bin "encoding/binary"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -186,4 +187,68 @@ func TestUpgrade_ReleasesTheRequest(t *testing.T) {
 	await(t, "the token is freed", func() bool { runtime.GC(); return tokens.Load() == 1 })
 	b.send(connID, "1")
 	p.wantFrame("1")
+}
+
+// However a phone's bytes are cut on their way, behind the handshake's or in the middle of
+// a header, its messages arrive whole, in order, once; with a ping between the fragments
+// of one.
+func TestSocket_BytesCutAnywhere(t *testing.T) {
+	t.Parallel()
+	n := newCluster(t, 1)[0]
+	for _, cut := range []int{1, 7, 63, 64, 65, 1 << 10, readSize - 1, readSize, readSize + 1, 1 << 20} {
+		t.Run(fmt.Sprintf("every %d bytes", cut), func(t *testing.T) {
+			t.Parallel()
+			rng := rand.New(rand.NewPCG(1, uint64(cut)))
+			id := newServerID()
+			b := n.binary(id)
+			var stream []byte
+			var want []string
+			sizes := []int{1, 58, 59, 60, 125, 126, 300, 5000, 40_000}
+			if cut < 64 {
+				sizes = sizes[:7] // or it would take a minute
+			}
+			for i := range 60 {
+				text := fmt.Sprintf(`"%d-%s"`, i, strings.Repeat("x", sizes[rng.IntN(len(sizes))]))
+				want = append(want, text)
+				if half := len(text) / 2; i%3 == 0 {
+					stream = append(stream, maskedFrame(0x01, []byte(text[:half]))...)
+					stream = append(stream, maskedFrame(0x89, []byte("between"))...)
+					stream = append(stream, maskedFrame(0x80, []byte(text[half:]))...)
+				} else {
+					stream = append(stream, maskedFrame(0x81, []byte(text))...)
+				}
+			}
+			c, err := net.Dial("tcp", strings.TrimPrefix(n.http, "http://"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			early := min(cut, 100) // in one segment with the handshake, as far as the network lets it
+			handshake(t, &glued{Conn: c, behind: stream[:early]}, id)
+			go func() { _, _ = io.Copy(io.Discard, c) }() // pongs
+			for stream = stream[early:]; len(stream) > 0; stream = stream[min(cut, len(stream)):] {
+				if _, err := c.Write(stream[:min(cut, len(stream))]); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for i, text := range want {
+				e, err := b.NextEnvelope(soon(t))
+				if err != nil || string(e.Frame) != text {
+					t.Fatalf("message %d: %.40q, %v, want %.40q", i, e.Frame, err, text)
+				}
+			}
+		})
+	}
+}
+
+// glued sends what stands behind with the first write.
+type glued struct {
+	net.Conn
+	behind []byte
+}
+
+func (g *glued) Write(p []byte) (int, error) {
+	_, err := g.Conn.Write(append(bytes.Clone(p), g.behind...))
+	g.behind = nil
+	return len(p), err
 }
