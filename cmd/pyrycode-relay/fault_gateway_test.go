@@ -131,7 +131,7 @@ type fault struct {
 	answers     bool // the gateway runs meanwhile
 }
 
-var lapseFlags = []string{"--lease-ttl", shortLease.String(), "--grace", "4s", "--ping-interval", "1s", "--pong-timeout", "2s"}
+var lapseFlags = []string{"--lease-ttl", shortLease.String(), "--grace", "4s", "--ping-interval", "1s", "--pong-timeout", "5s"}
 
 // lapse lets the lease of victim, the first of the three nodes of p, lapse.
 func lapse(t *testing.T, p place, victim *node, f fault) {

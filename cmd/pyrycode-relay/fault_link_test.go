@@ -22,7 +22,7 @@ import (
 const restartEvery = 10 * time.Second
 
 // sessionPace is that of each of two hundred sessions: two cores have room left.
-const sessionPace = 150 * time.Millisecond
+const sessionPace = 300 * time.Millisecond
 
 // For a minute each NATS server in turn goes, in every way that there is, and comes
 // back, with two hundred sessions across nodes in the middle of traffic. All live, and

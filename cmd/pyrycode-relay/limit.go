@@ -2,7 +2,9 @@ package main
 
 import (
 	"net"
+	"runtime"
 	"sync"
+	"sync/atomic"
 )
 
 // limitListeners makes ports share a bound on open connections, WebSockets and
@@ -26,6 +28,9 @@ type limitedListener struct {
 }
 
 func (l *limitedListener) Accept() (net.Conn, error) {
+	// Whoever is connected has its turn between two new ones: 10,000 that come back at
+	// once after a gateway's death are a queue in the kernel, not in front of every frame.
+	runtime.Gosched()
 	select {
 	case l.slots <- struct{}{}:
 	case <-l.closed:
@@ -36,7 +41,7 @@ func (l *limitedListener) Accept() (net.Conn, error) {
 		<-l.slots
 		return nil, err
 	}
-	return &limitedConn{TCPConn: conn.(*net.TCPConn), release: sync.OnceFunc(func() { <-l.slots })}, nil
+	return &limitedConn{TCPConn: conn.(*net.TCPConn), slots: l.slots}, nil
 }
 
 func (l *limitedListener) Close() error {
@@ -47,10 +52,17 @@ func (l *limitedListener) Close() error {
 // limitedConn gives its slot back when it is closed.
 type limitedConn struct {
 	*net.TCPConn
-	release func()
+	slots  chan struct{}
+	closed atomic.Bool
 }
 
+// PlainTCP says that nothing stands between the connection and its reader: the gateway
+// reads past the connection's own methods then.
+func (c *limitedConn) PlainTCP() *net.TCPConn { return c.TCPConn }
+
 func (c *limitedConn) Close() error {
-	defer c.release()
+	if !c.closed.Swap(true) {
+		defer func() { <-c.slots }()
+	}
 	return c.TCPConn.Close()
 }

@@ -75,6 +75,8 @@ func serve(args []string, c console) int {
 	log := newLogger(c.stderr, cfg.logFormat, cfg.logLevel, cfg.gatewayID)
 	ctx, stop := untilSignal()
 	defer stop()
+	tuneGC()
+	go giveBackMemory(ctx)
 	if err := run(ctx, cfg, log); err != nil {
 		log.Error("failed", "error", err)
 		return exitFailed
