@@ -4,9 +4,10 @@ TOOL     := go tool -modfile=.ci/tools/go.mod
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 FUZZTIME ?= 20s
 CHECKS   ?= 100000
+LOAD     ?= ../shared/load
 
 .DEFAULT_GOAL := help
-.PHONY: build test lint fuzz model bench e2e check vuln help
+.PHONY: build test lint fuzz model bench bench-load e2e check vuln help
 
 build: ## the static release binary, bin/pyrycode-relay
 	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o bin/pyrycode-relay ./cmd/pyrycode-relay
@@ -40,6 +41,9 @@ model: ## the models of links and of the registry, CHECKS (100000) schedules eac
 bench: ## every benchmark
 	go test -run '^$$' -bench . -benchmem ./...
 
+bench-load: ## the relay beside the baselines of $$LOAD (../shared/load): docs/performance.md
+	LOAD=$(LOAD) docs/performance/bench-load.sh $(SECTIONS)
+
 e2e: ## the built program, NATS from the shipped files, several nodes: all of cmd/
 	go test -race -count=1 -v -timeout 10m ./cmd/...
 
@@ -49,4 +53,4 @@ vuln: ## known vulnerabilities; needs vuln.go.dev, fails without it
 	$(TOOL) govulncheck ./...
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "  %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
