@@ -70,7 +70,8 @@ type bucket struct {
 	replicas int // when this node creates it; 0: what suits the cluster
 }
 
-// version of a bucket: every write, removal and loss changes one of these.
+// version of a bucket: every write, removal and loss changes one of these; only a loss of
+// the last writes that is followed by as many others may not.
 type version struct {
 	last            uint64 // revision of the latest write to any key
 	first, messages uint64

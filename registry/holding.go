@@ -30,6 +30,7 @@ type holding struct {
 	state    holdingState
 	revision uint64             // of the latest write to its key that we know of
 	written  holdingState       // what the KV says of it, as far as we know
+	agreed   bool               // a sweep has compared it with the KV, and all was well
 	since    time.Time          // of the connection
 	links    map[*bus.Link]bool // the attach table; true: attached in grace; nil before the first
 	ending   *time.Timer        // of the grace

@@ -54,6 +54,7 @@ type Registry struct {
 
 	// Owned by sweepLoop.
 	known   map[bus.NodeID]nodeEntry // nodes that had a lease at the latest sweep
+	sweeps  uint64                   // so far
 	settled version                  // of the presence bucket when it agreed with all holdings; zero: that is not known
 	reapDue int                      // for how many sweeps entries of dead nodes may be in the KV; 0: there are none
 }

@@ -56,14 +56,18 @@ func (r *Registry) sweepLoop(ctx context.Context) {
 // sweep makes "connected means registered" true again, whatever happened to the
 // KV, and removes what this node left behind there. It returns false if something
 // could not be found out, and gives up when the KV does not seem to answer at all. While
-// the KV is what it was when all agreed, it looks only at what is not written yet.
+// the KV is what it was when all agreed, it looks only at what is not written yet, or was
+// never compared; and at everything now and then, because a KV that lost its last writes
+// may come by as many others to look the same.
 func (r *Registry) sweep(ctx context.Context) bool {
+	r.sweeps++
 	now, err := r.presence.version(ctx)
-	unchanged := err == nil && now == r.settled
+	unchanged := err == nil && now == r.settled && r.sweeps%fullSweepEvery != 0
+	r.settled = version{}
 	r.mu.Lock()
 	var holdings []*holding
 	for _, h := range r.current {
-		if !unchanged || h.written != h.state {
+		if !unchanged || h.written != h.state || !h.agreed {
 			holdings = append(holdings, h)
 		}
 	}
@@ -72,10 +76,12 @@ func (r *Registry) sweep(ctx context.Context) bool {
 	answering, giveUp := context.WithCancel(ctx)
 	defer giveUp()
 	var unknown atomic.Int32
+	differ := false
 	for chunk := range slices.Chunk(holdings, maxGetMany) {
 		if err == nil {
 			chunk = r.differing(answering, chunk, now.last)
 		}
+		differ = differ || len(chunk) > 0
 		eachOf(chunk, sweepWorkers, func(h *holding) {
 			if !r.check(answering, h) && unknown.Add(1) == sweepWorkers {
 				giveUp()
@@ -87,7 +93,7 @@ func (r *Registry) sweep(ctx context.Context) bool {
 	}
 	eachOf(slices.Collect(maps.Keys(orphans)), sweepWorkers, func(s bus.SessionID) { r.removeOrphan(ctx, s, orphans[s]) })
 	r.lookAtNodes(ctx)
-	if err == nil && unknown.Load() == 0 {
+	if err == nil && !differ {
 		r.settled = now
 	}
 	return unknown.Load() == 0
@@ -106,7 +112,11 @@ func (r *Registry) differing(ctx context.Context, holdings []*holding, since uin
 	for i, h := range holdings {
 		if e, ok := entryOf(found[keys[i]]); !ok || e.Session != h.session || !r.agrees(h, e) {
 			differ = append(differ, h)
+			continue
 		}
+		r.mu.Lock()
+		h.agreed = true
+		r.mu.Unlock()
 	}
 	return differ
 }

@@ -83,7 +83,7 @@ func TestSweep_ReadsEntriesOnlyWhenTheKVHasChanged(t *testing.T) {
 		n.cancel() // its own sweeps; each call of read is one
 		n.tasks.Wait()
 		kv := &countingKV{kv: n.presence}
-		n.presence, n.settled = kv, version{}
+		n.presence, n.settled, n.sweeps = kv, version{}, 0
 		read := func(what string, want bool) {
 			t.Helper()
 			before := kv.reads.Load()
@@ -95,8 +95,12 @@ func TestSweep_ReadsEntriesOnlyWhenTheKVHasChanged(t *testing.T) {
 			}
 		}
 		read("after the claims", true)
+		read("nothing since", false)
+		n.mu.Lock()
+		n.current["other"].agreed = false // as if its claim had been under way in that sweep
+		n.mu.Unlock()
+		read("a holding that was never compared", true)
 		read("nothing has changed", false)
-		read("still nothing", false)
 		s.write("somebody", entry{Node: "else", Session: bus.NewSessionID(), State: stateHeld}.encode())
 		read("another key was written", true)
 		read("nothing since", false)
@@ -106,7 +110,10 @@ func TestSweep_ReadsEntriesOnlyWhenTheKVHasChanged(t *testing.T) {
 			t.Error("the purged entry was not written again")
 		}
 		read("after its own write", true)
-		read("nothing since", false)
+		for n.sweeps%fullSweepEvery < fullSweepEvery-1 {
+			read("nothing since", false)
+		}
+		read("everything, now and then", true)
 	})
 }
 
