@@ -198,7 +198,7 @@ func (o *outbox) take(b *batch) work {
 	switch {
 	case o.failed:
 		return over // nothing begins any more
-	case o.queue.Len() > 0 || o.control.due():
+	case o.queue.Len() > 0 || !o.closing && o.control.due(): // a flood of pings puts off no close
 	case o.closing:
 		return closing
 	default:
