@@ -541,11 +541,7 @@ func (n *node) wantEvent(name string, want map[string]string) {
 // rawDial connects a phone over a plain socket, for tests of the very bytes.
 func (n *node) rawDial(serverID string) net.Conn {
 	n.t.Helper()
-	c, err := net.Dial("tcp", strings.TrimPrefix(n.http, "http://"))
-	if err != nil {
-		n.t.Fatal(err)
-	}
-	n.t.Cleanup(func() { c.Close() })
+	c := n.rawConn()
 	handshake(n.t, c, serverID)
 	return c
 }
@@ -553,12 +549,18 @@ func (n *node) rawDial(serverID string) net.Conn {
 // rawServe connects a binary over a plain socket.
 func (n *node) rawServe(serverID string) net.Conn {
 	n.t.Helper()
+	c := n.rawConn()
+	upgradeRaw(n.t, c, "/v1/server", fmt.Sprintf("X-Pyrycode-Server: %s\r\nX-Pyrycode-Version: 1\r\n", serverID))
+	return c
+}
+
+func (n *node) rawConn() net.Conn {
+	n.t.Helper()
 	c, err := net.Dial("tcp", strings.TrimPrefix(n.http, "http://"))
 	if err != nil {
 		n.t.Fatal(err)
 	}
 	n.t.Cleanup(func() { c.Close() })
-	upgradeRaw(n.t, c, "/v1/server", fmt.Sprintf("X-Pyrycode-Server: %s\r\nX-Pyrycode-Version: 1\r\n", serverID))
 	return c
 }
 
