@@ -331,6 +331,9 @@ func (tr *crowd) lived() (n int) {
 func TestLink_SlowReceiver_AcknowledgesWithoutBeingAsked(t *testing.T) {
 	r := newNATSRig(t)
 	_, b := r.connect(r.slowReceiver(), r.newReceiver())
+	for _, node := range []*Bus{r.phones, r.binaries} { // nobody looks at the clock for them any more
+		eventually(t, "the links rest", func() bool { return strings.Contains(node.size(), "timed 0") })
+	}
 	start := time.Now()
 	if err := b.Offer(frameBuf("x")); err != nil {
 		t.Fatal(err)
