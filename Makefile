@@ -7,7 +7,7 @@ CHECKS   ?= 100000
 LOAD     ?= ../shared/load
 
 .DEFAULT_GOAL := help
-.PHONY: build test lint fuzz model bench bench-load e2e check vuln help
+.PHONY: build test allocs lint fuzz model bench bench-load e2e check vuln help
 
 build: ## the static release binary, bin/pyrycode-relay
 	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o bin/pyrycode-relay ./cmd/pyrycode-relay
@@ -16,6 +16,9 @@ build: ## the static release binary, bin/pyrycode-relay
 # take the CPU from each other.
 test: ## every test, race detector on, shuffled
 	go test -race -shuffle=on -p 1 -timeout 15m ./...
+
+allocs: ## what allocates nothing, without the race detector, which makes pools forget
+	go test -run DoesNotAllocate ./bus ./gateway
 
 lint: ## gofmt, golangci-lint (with gosec), tidy go.mod
 	@files=$$(gofmt -l bus cmd gateway registry testenv) || exit 1; \

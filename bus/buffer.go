@@ -12,8 +12,8 @@ import (
 // receiver, from Deliver on. A buffer that nobody frees is left to the garbage collector,
 // so to free is never needed and to free twice is never right.
 
-// bufferSizes are the capacities of buffers that are used again: powers of two, from
-// 1<<minBufferBits to 1<<maxBufferBits.
+// Buffers that are used again have a power of two as capacity, from 1<<minBufferBits to
+// 1<<maxBufferBits.
 const (
 	minBufferBits = 7
 	maxBufferBits = 17

@@ -55,31 +55,6 @@ func TestFree_WhatIsNoBuffer(t *testing.T) {
 	}
 }
 
-func TestBuffer_MisuseIsFound(t *testing.T) {
-	if !raceEnabled() {
-		t.Skip("buffers are checked only in tests with the race detector")
-	}
-	panics := func(what string, f func()) {
-		defer func() {
-			if recover() == nil {
-				t.Errorf("%s: no panic", what)
-			}
-		}()
-		f()
-	}
-	b := append(NewBuffer(300), make([]byte, 300)...)
-	Free(b)
-	if b[Headroom] != freed {
-		t.Errorf("a freed buffer still holds its frame")
-	}
-	panics("freed twice", func() { markFree(b) })
-	panics("written to when freed", func() {
-		c := bytes.Repeat([]byte{freed}, 64)
-		c[5] = 'x'
-		checkFree(c)
-	})
-}
-
 func raceEnabled() bool {
 	info, ok := debug.ReadBuildInfo()
 	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})

@@ -10,9 +10,9 @@ import (
 )
 
 // garbageFloor is about how much garbage the heap may hold at least before it is collected,
-// stacks not counted; on a node with more than that live, as much as is live, which is Go's default. What is live
-// on a small node is so little that the collector would run hundreds of times a second
-// by what NATS allocates for each message.
+// stacks not counted; on a node with more than that live, as much as is live, which is
+// Go's default. What is live on a small node is so little that the collector would run
+// hundreds of times a second by what NATS allocates for each message.
 //
 //	(docs/performance.md: Memory)
 const garbageFloor = 24 << 20
