@@ -23,10 +23,6 @@ const (
 // would be allocated anew to be put there.
 var freeBuffers [maxBufferBits - minBufferBits + 1]sync.Pool
 
-// freed fills every freed buffer in a program with the race detector, as tests are: so
-// who still reads it gets nonsense, and who writes to it or frees it again is found out.
-const freed = 0xDB
-
 // NewBuffer returns a buffer for a frame of n bytes. It is Headroom bytes long, with
 // room for the frame behind.
 func NewBuffer(n int) []byte {
