@@ -34,7 +34,7 @@ func NewBuffer(n int) []byte {
 	size = 1 << (class + minBufferBits)
 	if p, ok := freeBuffers[class].Get().(*byte); ok {
 		b := unsafe.Slice(p, size) //nolint:gosec // Free: the first of that many bytes
-		checkFree(b)
+		markUsed(b)
 		return b[:Headroom]
 	}
 	return make([]byte, Headroom, size)

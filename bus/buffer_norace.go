@@ -4,4 +4,4 @@ package bus
 
 func markFree([]byte) {}
 
-func checkFree([]byte) {}
+func markUsed([]byte) {}

@@ -15,10 +15,13 @@ func markFree(b []byte) {
 	}
 }
 
-func checkFree(b []byte) {
+// markUsed is for a buffer that is used again. One that stays as it is, because its frame
+// is empty, must not look like one that was freed.
+func markUsed(b []byte) {
 	if !allFreed(b) {
 		panic("bus: a buffer was written to after it was freed")
 	}
+	b[0] = 0
 }
 
 func allFreed(b []byte) bool {
