@@ -104,7 +104,8 @@ type Config struct {
 	// TotalBacklog is how many bytes may wait for all phones together before only a
 	// window may wait for each. Default 1 GiB.
 	TotalBacklog int
-	// LinkTimeout is how long data may stay unacknowledged. Default 10 s.
+	// LinkTimeout is how long data may stay unacknowledged, twice as long while frames
+	// of the other end come. Default 10 s.
 	LinkTimeout time.Duration
 }
 

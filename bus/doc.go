@@ -19,8 +19,9 @@
 // A link survives what NATS loses: a cut connection, a restarted server, a slow
 // consumer. Unacknowledged data is sent again when the other end reports a gap,
 // when it does not answer for a second, and when NATS is back. After
-// Config.LinkTimeout without progress both ends are lost, visibly. A link with
-// nothing under way outlives an outage of any length.
+// Config.LinkTimeout without progress both ends are lost, visibly; an end that takes
+// frames of the other one waits up to twice as long, for the acknowledgement that is
+// behind them. A link with nothing under way outlives an outage of any length.
 //
 // # Bound
 //

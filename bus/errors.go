@@ -10,7 +10,8 @@ import (
 // either side.
 var (
 	// ErrLinkLost is returned when the path could not be kept free of gaps:
-	// nothing was acknowledged for Config.LinkTimeout, or the other side broke
+	// nothing was acknowledged for Config.LinkTimeout (for twice as long, if frames
+	// of the other side came meanwhile), or the other side broke
 	// the link protocol.
 	ErrLinkLost = errors.New("link lost")
 	// ErrNodeGone is returned when the node at the other end has died.

@@ -43,11 +43,12 @@ type linkState struct {
 	asks         int // how many more times an idle end asks whether the other one is there
 
 	// Receiving.
-	received  uint64 // every number up to here has arrived
-	taken     uint64 // bytes of these
-	consumed  uint64 // bytes of these that the socket has taken
-	granted   uint64 // credit that was announced
-	reported  uint64 // bytes of taken that the last ack covered
+	received  uint64    // every number up to here has arrived
+	tookAt    time.Time // when the last of them did
+	taken     uint64    // bytes of these
+	consumed  uint64    // bytes of these that the socket has taken
+	granted   uint64    // credit that was announced
+	reported  uint64    // bytes of taken that the last ack covered
 	ackAt     time.Time
 	ackNow    bool
 	gap       bool // a later number came first
@@ -179,6 +180,8 @@ func (s *linkState) ackSoon(now time.Time) {
 // acknowledged for too long, and ErrAway when the binary did not return for the
 // first frame. An end that has not asked for long although it should have was
 // stopped with its process: the answer may be here, so it asks once more first.
+// One that takes frames of the other end waits for the answer behind them, up to twice
+// as long: after an outage what was held comes first.
 func (s *linkState) tick(now time.Time) error {
 	switch {
 	case s.reset:
@@ -186,12 +189,20 @@ func (s *linkState) tick(now time.Time) error {
 	case !s.waitingSince.IsZero() && !s.remoteEnd && now.Sub(s.nextProbe) >= thawGap:
 		s.nextProbe = now
 		s.waitingSince = later(s.waitingSince, now.Add(probeInterval-s.timeout))
-	case !s.waitingSince.IsZero() && now.Sub(s.waitingSince) >= s.timeout:
+	case !s.waitingSince.IsZero() && now.Sub(s.waitingSince) >= s.patience(now):
 		return ErrLinkLost
 	case !s.heldSince.IsZero() && now.Sub(s.heldSince) >= holdTimeout:
 		return ErrAway
 	}
 	return nil
+}
+
+// patience is how long an answer may be owed.
+func (s *linkState) patience(now time.Time) time.Duration {
+	if now.Sub(s.tookAt) < s.timeout/2 {
+		return 2 * s.timeout
+	}
+	return s.timeout
 }
 
 func later(a, b time.Time) time.Time {
@@ -422,6 +433,7 @@ func (s *linkState) receiveNumbered(m Message, now time.Time) (deliver []byte, e
 		return nil, errViolation // after the end, or beyond the credit given
 	}
 	s.received++
+	s.tookAt = now
 	s.gap, s.gapTold = false, false
 	if m.Kind == KindClose {
 		s.remoteEnd, s.ackNow = true, true

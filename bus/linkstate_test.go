@@ -267,6 +267,39 @@ func TestSender_LosesTheLinkAfterTenSecondsWithoutProgress(t *testing.T) {
 	e.says("RESET 0 link lost")
 }
 
+// The network was held for 8 s. What the other end sent meanwhile comes first, that of
+// other links too, and its acknowledgement behind that.
+func TestSender_TakesFramesAfterAnOutage_WaitsForTheAnswerBehindThem(t *testing.T) {
+	e := newEndTest(t)
+	e.send("a")
+	e.says("DATA 1 a")
+	e.probesFor(9*time.Second, "PROBE 1")
+	e.hearsData(1, "x", true)
+	e.probesFor(5*time.Second-1, "PROBE 1")
+	e.hearsAck(1)
+	e.isIdle(true)
+
+	e = newEndTest(t) // and no acknowledgement comes
+	e.send("a")
+	e.says("DATA 1 a")
+	e.probesFor(9*time.Second, "PROBE 1")
+	e.hearsData(1, "x", true)
+	e.probesFor(5*time.Second-1, "PROBE 1")
+	e.after(1, ErrLinkLost)
+
+	e = newEndTest(t) // not of anything
+	e.send("a")
+	e.says("DATA 1 a")
+	for i := range uint64(19) {
+		e.after(time.Second, nil)
+		e.says("PROBE 1")
+		e.hearsData(i+1, "x", true)
+		e.st.consume(frameCost(len(pad("x"))), e.now)
+	}
+	e.after(time.Second-1, nil)
+	e.after(1, ErrLinkLost)
+}
+
 // SIGSTOP for a minute, and SIGCONT: the answer may have come meanwhile.
 func TestSender_ThatWasStopped_AsksBeforeItGivesUp(t *testing.T) {
 	e := newEndTest(t)
