@@ -152,12 +152,13 @@ func TestClose_NeverOvertakesFrames_WhileNATSFails(t *testing.T) {
 	trio := ownTrio(t)
 	p := startPlace(t, trio)
 	var faults atomic.Int64
+	var bursts [2]atomic.Int64
 	var told tally
 	var all []*closer
 	var rounds sync.WaitGroup
 	over := make(chan struct{})
 	for i := range closers {
-		c := &closer{phones: p.nodes[i%3], serverID: randomUUID(), faults: &faults, told: &told}
+		c := &closer{phones: p.nodes[i%3], serverID: randomUUID(), faults: &faults, bursts: &bursts, told: &told}
 		c.binary = dialBinary(ctx, t, p.nodes[(i+1+i/3%2)%3], c.serverID)
 		all = append(all, c)
 		rounds.Go(func() {
@@ -168,6 +169,7 @@ func TestClose_NeverOvertakesFrames_WhileNATSFails(t *testing.T) {
 	}
 	for round, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM, syscall.SIGKILL, syscall.SIGKILL} {
 		s := trio[round%len(trio)]
+		eventually(ctx, t, "bursts are under way", func() bool { return bursts[byBinary].Load() > 0 && bursts[byPhone].Load() > 0 })
 		killed := time.Now()
 		faults.Add(1)
 		s.end(t, sig)
@@ -200,8 +202,9 @@ type closer struct {
 	phones   *node
 	binary   *testenv.Binary
 	serverID string
-	faults   *atomic.Int64 // that have begun
-	told     *tally        // phones that dial
+	faults   *atomic.Int64    // that have begun
+	bursts   *[2]atomic.Int64 // under way, by who closes
+	told     *tally           // phones that dial
 
 	// Owned by run.
 	dials  int
@@ -223,11 +226,13 @@ func (c *closer) run(ctx context.Context, over <-chan struct{}) error {
 			return err
 		}
 		before, how, code := c.faults.Load(), n%2, 4000+n%900
+		c.bursts[how].Add(1)
 		if how == byBinary {
 			err = c.closePhone(ctx, phone, connID, code)
 		} else {
 			err = c.hangUp(ctx, phone, connID, code)
 		}
+		c.bursts[how].Add(-1)
 		phone.Drop()
 		if err != nil {
 			return fmt.Errorf("phone %d: %w", n, err)
