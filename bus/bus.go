@@ -56,8 +56,9 @@ type Bus struct {
 	timed   map[*Link]struct{}
 	wake    chan struct{}
 
-	// Empty slices that the pump goroutine uses again. Owned by it.
+	// Slices that the pump goroutine uses again, the first two empty. Owned by it.
 	idle, ticked []*Link
+	joined       []byte // a message of several frames
 
 	ctx    context.Context // ends with the bus
 	cancel context.CancelFunc
@@ -114,8 +115,8 @@ func NewOver(net Transport, node NodeID, cfg Config, log *slog.Logger) *Bus {
 		links: make(map[linkKey]linkEntry),
 		nodes: make(map[NodeID]int),
 		timed: make(map[*Link]struct{}),
-		wake:  make(chan struct{}, 1),
-		ctx:   ctx, cancel: cancel,
+		wake:  make(chan struct{}, 1), joined: make([]byte, maxJoined),
+		ctx: ctx, cancel: cancel,
 		stop: stop, stopPump: sync.OnceFunc(func() { close(stop) }),
 	}
 }

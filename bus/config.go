@@ -50,6 +50,12 @@ const (
 	// turn, so that 4 MiB for one phone do not delay 200 bytes for another.
 	pumpBatch = 64 << 10
 
+	// maxPart is the largest frame that is joined with others in one message, and
+	// maxJoined bounds that message with its header: small beside a turn, and each frame
+	// is copied once more on either side.
+	maxPart   = 4 << 10
+	maxJoined = 16 << 10
+
 	// openTimeout bounds one OPEN request; an answer on a LAN takes 0.2 ms, and a
 	// round trip between regions a few hundred.
 	openTimeout = time.Second

@@ -59,7 +59,10 @@ func (b *Bus) handleLink(s side, token string, m Message, msg *nats.Msg) {
 	l := b.find(linkKey{id: m.Link, session: m.Session, side: s})
 	known := l != nil && l.token == token && l.Node() != b.node
 	got := refused
-	if known {
+	switch {
+	case known && m.Kind == KindFrames:
+		l.handleFrames(m, time.Now())
+	case known:
 		got = l.handle(m, msg.Data, time.Now())
 	}
 	switch replyTo := msg.Reply; {
@@ -197,7 +200,7 @@ func (b *Bus) runReady() bool {
 	for _, l := range turn {
 		l.mu.Lock()
 		l.queued = false
-		if l.unlockAndRun(pumpBatch, time.Now()) {
+		if l.unlockAndRun(pumpBatch, b.joined, time.Now()) {
 			l.kick()
 		}
 	}

@@ -14,6 +14,7 @@ import (
 //	A → B  OPEN (a NATS request)     B → A  ACCEPT or REFUSE (its reply)
 //	A → B  ACK: I know that you accepted
 //	both   DATA, in both directions, each numbered from 1
+//	both   FRAMES, several DATA that follow each other in one message
 //	both   ACK, when no DATA goes back soon enough to carry it
 //	both   PROBE, when DATA or CLOSE stays unacknowledged; answered by ACK
 //	both   CLOSE, numbered like DATA, so that it overtakes none
@@ -27,14 +28,16 @@ import (
 //	 2  reason    u8   Reason, in REFUSE, CLOSE and RESET; flags in ACCEPT and ACK
 //	 3  link      u64  LinkID, chosen by A anew for each OPEN
 //	11  session   16 B SessionID of the binary connection the link is bound to
-//	27  seq       u64  DATA, CLOSE: number. PROBE: highest number sent. ACK: the
+//	27  seq       u64  DATA, CLOSE: number. FRAMES: that of the first, the others
+//	                   follow. PROBE: highest number sent. ACK: the
 //	                   lowest number missing, when a gap was seen, else 0. OPEN:
 //	                   versions that A speaks. ACCEPT: version of the link
 //	35  ack       u64  every number up to here has arrived in order. OPEN: how
 //	                   often the phone has asked, this time included
 //	43  credit    u64  the receiver takes this many bytes in all (frame bytes
 //	                   plus frameOverhead each), counted from the link's start
-//	51  payload        DATA: one frame. OPEN: u8 length of A's node id, node id,
+//	51  payload        DATA: one frame. FRAMES: one or more, each after its length
+//	                   as u32. OPEN: u8 length of A's node id, node id,
 //	                   conn id. CLOSE, RESET: u16 close code, with ReasonCode
 //
 // PROBE, CLOSE and RESET carry the sender's subject as NATS reply subject, for an
@@ -45,6 +48,9 @@ import (
 // Headroom is how many bytes the header takes in front of a payload. Whoever passes
 // a frame to Link.Send leaves them free.
 const Headroom = 51
+
+// partHeader is how many bytes stand before each frame of a FRAMES.
+const partHeader = 4
 
 // errMalformed is returned when a message cannot have come from a relay that this
 // one works with. It is counted and dropped, never answered.
@@ -68,10 +74,11 @@ const (
 	KindAlive     Kind = 11 // reply: it answered a ping sent after the request came
 	KindGone      Kind = 12 // reply: this node does not hold that session, or it did not answer
 	KindTaken     Kind = 13 // notice: that session has been replaced, look at the KV
+	KindFrames    Kind = 14 // both   several DATA
 )
 
 func (k Kind) String() string {
-	names := [...]string{"", "OPEN", "ACCEPT", "REFUSE", "DATA", "ACK", "CLOSE", "RESET", "PROBE", "HELLO", "CHALLENGE", "ALIVE", "GONE", "TAKEN"}
+	names := [...]string{"", "OPEN", "ACCEPT", "REFUSE", "DATA", "ACK", "CLOSE", "RESET", "PROBE", "HELLO", "CHALLENGE", "ALIVE", "GONE", "TAKEN", "FRAMES"}
 	if int(k) < len(names) && k > 0 {
 		return names[k]
 	}
@@ -195,10 +202,40 @@ func decode(p []byte, s Versions) (Message, error) {
 		Credit:  binary.BigEndian.Uint64(p[43:]),
 		Payload: p[Headroom:],
 	}
-	if m.Kind < KindOpen || m.Kind > KindTaken {
+	if m.Kind < KindOpen || m.Kind > KindFrames {
 		return Message{}, fmt.Errorf("%w: kind %d", errMalformed, p[1])
 	}
+	if m.Kind == KindFrames && !areParts(m.Payload) {
+		return Message{}, fmt.Errorf("%w: FRAMES whose lengths do not fit", errMalformed)
+	}
 	return m, nil
+}
+
+// appendPart appends a frame to the payload of a FRAMES.
+func appendPart(p, frame []byte) []byte {
+	return append(binary.BigEndian.AppendUint32(p, uint32(len(frame))), frame...) //nolint:gosec // far less
+}
+
+// cutPart is the inverse of appendPart, from the front: the first frame of p, and what
+// is behind it.
+func cutPart(p []byte) (frame, rest []byte, ok bool) {
+	if len(p) < partHeader {
+		return nil, nil, false
+	}
+	n, p := uint64(binary.BigEndian.Uint32(p)), p[partHeader:]
+	if n > uint64(len(p)) {
+		return nil, nil, false
+	}
+	return p[:n], p[n:], true
+}
+
+// areParts reports whether p is what appendPart makes.
+func areParts(p []byte) bool {
+	ok := len(p) > 0
+	for ok && len(p) > 0 {
+		_, p, ok = cutPart(p)
+	}
+	return ok
 }
 
 // joinOpen is the payload of an OPEN from node.

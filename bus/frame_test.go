@@ -11,10 +11,13 @@ import (
 )
 
 func TestMessages_RoundTrip(t *testing.T) {
-	for kind := KindOpen; kind <= KindTaken; kind++ {
+	for kind := KindOpen; kind <= KindFrames; kind++ {
 		want := Message{
 			Version: 1, Kind: kind, Reason: 0xa5, Link: 1<<63 + 2, Session: NewSessionID(),
 			Seq: 1<<62 + 3, Ack: 4, Credit: ^uint64(0), Payload: []byte(kind.String()),
+		}
+		if kind == KindFrames {
+			want.Payload = appendPart(appendPart(nil, []byte("one")), nil)
 		}
 		got, err := decode(want.encode(), spoken)
 		if err != nil || !reflect.DeepEqual(got, want) {
@@ -38,7 +41,7 @@ func TestMessage_GoldenBytes(t *testing.T) {
 	if got := hex.EncodeToString(m.encode()); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
-	kinds := []Kind{KindOpen, KindAccept, KindRefuse, KindData, KindAck, KindClose, KindReset, KindProbe, KindHello, KindChallenge, KindAlive, KindGone, KindTaken}
+	kinds := []Kind{KindOpen, KindAccept, KindRefuse, KindData, KindAck, KindClose, KindReset, KindProbe, KindHello, KindChallenge, KindAlive, KindGone, KindTaken, KindFrames}
 	for i, k := range kinds {
 		if int(k) != i+1 {
 			t.Errorf("%s is %d, want %d", k, k, i+1)
@@ -48,13 +51,20 @@ func TestMessage_GoldenBytes(t *testing.T) {
 
 func TestDecode_RefusesWhatNoRelaySends(t *testing.T) {
 	good := (&Message{Kind: KindAck}).encode()
+	frames := func(payload string) []byte {
+		return (&Message{Kind: KindFrames, Payload: []byte(payload)}).encode()
+	}
 	for name, p := range map[string][]byte{
 		"nothing":           nil,
 		"short":             good[:Headroom-1],
 		"version 0":         append([]byte{0}, good[1:]...),
 		"version 2":         append([]byte{2}, good[1:]...),
 		"kind 0":            append([]byte{handshakeVersion, 0}, good[2:]...),
-		"kind after TAKEN":  append([]byte{handshakeVersion, byte(KindTaken) + 1}, good[2:]...),
+		"kind after FRAMES": append([]byte{handshakeVersion, byte(KindFrames) + 1}, good[2:]...),
+		"FRAMES of none":    frames(""),
+		"FRAMES, a length":  frames("\x00\x00\x00"),
+		"FRAMES, too short": frames("\x00\x00\x00\x01a\x00\x00\x00\x02b"),
+		"FRAMES, 4 GiB":     frames("\xff\xff\xff\xff" + strings.Repeat("a", 1000)),
 		"text":              []byte(strings.Repeat("{", 100)),
 		"the highest bytes": bytes.Repeat([]byte{0xff}, 100),
 	} {
@@ -68,6 +78,7 @@ func FuzzDecode(f *testing.F) {
 	f.Add([]byte{})
 	f.Add((&Message{Kind: KindOpen, Payload: joinOpen("gw-1", "client-s-0")}).encode())
 	f.Add((&Message{Kind: KindData, Seq: 1, Payload: []byte(`{"a":1}`)}).encode())
+	f.Add((&Message{Kind: KindFrames, Seq: 7, Payload: appendPart(appendPart(nil, []byte("{}")), nil)}).encode())
 	f.Add((&Message{Kind: KindClose, Reason: ReasonCode, Payload: []byte{3, 0xe8}}).encode())
 	f.Fuzz(func(t *testing.T, p []byte) {
 		m, err := decode(p, spoken)
@@ -79,6 +90,15 @@ func FuzzDecode(f *testing.F) {
 		}
 		if !bytes.Equal(m.encode(), p) {
 			t.Errorf("%x decodes to %+v, which encodes to %x", p, m, m.encode())
+		}
+		if m.Kind == KindFrames {
+			var again []byte
+			for frame, rest, ok := cutPart(m.Payload); ok; frame, rest, ok = cutPart(rest) {
+				again = appendPart(again, frame)
+			}
+			if len(again) == 0 || !bytes.Equal(again, m.Payload) {
+				t.Errorf("%x falls into frames that make %x", m.Payload, again)
+			}
 		}
 		if errorOf(m.Reason, m.Payload) == nil {
 			t.Errorf("reason %d is no error", m.Reason)

@@ -95,7 +95,7 @@ func (l *Link) kick() {
 // unlockAndSend is kick for who holds l.mu.
 func (l *Link) unlockAndSend(now time.Time) {
 	if l.local {
-		l.unlockAndRun(0, now)
+		l.unlockAndRun(0, nil, now)
 		return
 	}
 	switch {
@@ -111,10 +111,10 @@ func (l *Link) unlockAndSend(now time.Time) {
 }
 
 // unlockAndRun sends what next gives, in order, until there is nothing left or budget
-// bytes have gone (0: no limit). more tells that the budget ended it. Only one
-// goroutine at a time is in it: another one's news is seen by the first. l.mu is
-// held, and released.
-func (l *Link) unlockAndRun(budget int, now time.Time) (more bool) {
+// bytes have gone (0: no limit). more tells that the budget ended it. Small frames are
+// joined in scratch, of maxJoined bytes, unless it is nil. Only one goroutine at a time is in
+// it: another one's news is seen by the first. l.mu is held, and released.
+func (l *Link) unlockAndRun(budget int, scratch []byte, now time.Time) (more bool) {
 	if l.running || l.opening {
 		l.mu.Unlock()
 		return false
@@ -131,7 +131,11 @@ func (l *Link) unlockAndRun(budget int, now time.Time) (more bool) {
 			m.Version = l.version
 		}
 		peer, subject := l.peer, l.subject
-		if buf != nil {
+		joined := peer == nil && scratch != nil && m.Kind == KindData && l.st.join(&m, scratch, now)
+		switch {
+		case joined:
+			buf = scratch[:Headroom+len(m.Payload)]
+		case buf != nil:
 			l.st.inHand = m.Seq
 		}
 		l.mu.Unlock()

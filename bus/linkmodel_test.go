@@ -263,6 +263,9 @@ func (w *world) run(e *modelEnd) {
 		if n > 10_000 {
 			w.Fatal("it does not stop talking")
 		}
+		if m.Kind == KindData {
+			e.st.join(&m, make([]byte, 2*modelFrame), w.now)
+		}
 		w.publish(e.other, m)
 	}
 	e.forgotten = e.st.done()
@@ -302,8 +305,16 @@ func (w *world) advance(t *rapid.T, d time.Duration) {
 	}
 }
 
-// arrive is Bus.handleLink and Link.handle.
+// arrive is Bus.handleLink, Link.handleFrames and Link.handle.
 func (w *world) arrive(t *rapid.T, e *modelEnd, m Message) {
+	if m.Kind == KindFrames {
+		for i, frame := range framesOf(m) {
+			one := m
+			one.Kind, one.Seq, one.Payload = KindData, m.Seq+uint64(i), frame //nolint:gosec // an index
+			w.arrive(t, e, one)
+		}
+		return
+	}
 	if m.Kind == KindReset {
 		w.publish(e.other, Message{Kind: KindAck, Reason: flagReset})
 	}

@@ -307,7 +307,7 @@ func (s *linkState) next(now time.Time) (m Message, buf []byte, ok bool) {
 	case s.remoteEnd: // nobody is left there to take anything
 	case s.sendNext <= s.lastSeq:
 		o := s.at(s.sendNext)
-		if (o.close || s.offset < s.credit) && s.mayBurst() {
+		if s.maySend(o) {
 			return s.nextNumbered(o, now), o.buf, true
 		}
 		if s.credit > 0 {
@@ -325,6 +325,11 @@ func (s *linkState) next(now time.Time) (m Message, buf []byte, ok bool) {
 		return s.stamp(Message{Kind: KindAck}), nil, true
 	}
 	return Message{}, nil, false
+}
+
+// maySend reports whether o, which is next, may go out now: a CLOSE needs no credit.
+func (s *linkState) maySend(o *outbound) bool {
+	return (o.close || s.offset < s.credit) && s.mayBurst()
 }
 
 // mayBurst reports whether one more message may be unacknowledged.

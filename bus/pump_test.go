@@ -70,6 +70,7 @@ func (b *Bus) opened(serverID string, recv Receiver) *Link {
 	l := b.newLink(binarySide, serverID, "c", recv)
 	l.mu.Lock()
 	l.bindLocked(newLinkID(), "other-00000000", NewSessionID(), topicPhone)
+	l.version = spoken.Highest
 	l.st.open(64 << 20)
 	b.register(l.key(), l, l.node)
 	l.mu.Unlock()

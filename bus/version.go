@@ -7,7 +7,7 @@ package bus
 // and ACCEPT which one the link uses from then on: the highest that both do. If
 // there is none the OPEN is refused with ErrVersion.
 //
-// A release that changes DATA, ACK, CLOSE or PROBE raises the highest version of
+// A release that changes DATA, FRAMES, ACK, CLOSE or PROBE raises the highest version of
 // spoken, and keeps the lowest at that of the release before it: then any two
 // releases that follow each other work together.     (docs/links.md: Versions)
 
@@ -54,7 +54,7 @@ func (s Versions) agrees(seq uint64) bool {
 // ofHandshake reports whether m is in handshakeVersion whatever its link's is.
 func (m *Message) ofHandshake() bool {
 	switch m.Kind {
-	case KindData, KindClose, KindProbe:
+	case KindData, KindFrames, KindClose, KindProbe:
 		return false
 	case KindAck:
 		return m.Reason == flagReset

@@ -164,7 +164,7 @@ func (s *versionsSeen) want(v uint8) {
 	eventually(s.t, "the link's messages are seen", func() bool {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		return s.link[v] >= 6 // four frames, a CLOSE, an ACK
+		return s.link[v] >= 4 // of frames at least one each way, a CLOSE, an ACK
 	})
 	s.mu.Lock()
 	defer s.mu.Unlock()
