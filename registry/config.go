@@ -98,7 +98,7 @@ const (
 	sweepEvery = 5 * time.Second
 	// fullSweepEvery is how many sweeps it takes until one compares everything although
 	// the KV seems to be what it was.
-	fullSweepEvery = 12
+	fullSweepEvery = 120
 	// sweepPause lies between two sweeps: what asks for one may come in crowds.
 	sweepPause = 250 * time.Millisecond
 	// sweepWorkers bounds the KV calls under way in a sweep.

@@ -100,7 +100,7 @@
 // A revision is never used twice, not even by a bucket that was lost and made anew.
 // The sweep compares with a replica that has every write that the leader had when it
 // began. While the bucket is what it was when everything agreed (version), it compares
-// only what is not written yet or was never compared, and everything once a minute.
+// only what is not written yet or was never compared, and everything once in ten minutes.
 //
 // A claim that finds an entry in its way looks first whether nobody is behind that any
 // more, by any replica: the write that follows expects the revision it saw. For everything
