@@ -9,8 +9,9 @@ import (
 // A buffer carries one frame: Headroom bytes for the link, then the frame. It has one
 // owner at a time, who may free it: whoever made it, until Send or Offer takes it; then
 // the link, until the frame is acknowledged; or, if the other end is on this node or it
-// came with others in one message, the receiver, from Deliver on. A buffer that nobody frees is left to the garbage collector,
-// so to free is never needed and to free twice is never right.
+// came with others in one message, the receiver, from Deliver on. A buffer that nobody
+// frees is left to the garbage collector, so to free is never needed and to free twice
+// is never right.
 
 // Buffers that are used again have a power of two as capacity, from 1<<minBufferBits to
 // 1<<maxBufferBits.
