@@ -191,7 +191,7 @@ func lapse(t *testing.T, p place, victim *node, f fault) {
 		if phone == nil {
 			continue
 		}
-		if _, err := exchangeFrames(within(ctx, t, healed, knownWithin), phone, again, fmt.Sprint("early ", i)); err != nil {
+		if _, err := exchangeFrames(within(ctx, t, time.Now(), knownWithin), phone, again, fmt.Sprint("early ", i)); err != nil {
 			t.Errorf("a phone that the node let in when it was back: %v, want it with the new holder", err)
 		}
 	}
@@ -220,8 +220,8 @@ func lapse(t *testing.T, p place, victim *node, f fault) {
 // attempt to connect that began before, and the next.
 const natsBack = 3 * time.Second
 
-// dialUntilUpgraded dials without pause while the answer is 503. It returns nil if
-// it was anything else.
+// dialUntilUpgraded dials every pollEvery while the answer is 503. It returns nil if it was
+// anything else.
 func dialUntilUpgraded(ctx context.Context, t *testing.T, n *node, serverID string) *testenv.Phone {
 	for {
 		phone, err := testenv.DialPhone(ctx, n.url, testenv.PhoneOptions{ServerID: serverID})
@@ -233,6 +233,7 @@ func dialUntilUpgraded(ctx context.Context, t *testing.T, n *node, serverID stri
 			t.Errorf("a phone that dials the node: %v, want an upgrade or 503", err)
 			return nil
 		}
+		lasts(ctx, time.Now(), pollEvery)
 	}
 }
 
