@@ -42,6 +42,7 @@ type Conn struct {
 	pending    int    // messages that may wait for the dispatch goroutine
 
 	connected atomic.Bool
+	first     chan struct{} // closed when it has been, once
 
 	mu        sync.Mutex
 	disturbed []func()
@@ -51,7 +52,7 @@ type Conn struct {
 // trying in the background for ever: Connected tells. The error names a setting
 // that cannot work.
 func Dial(cfg ConnConfig, node NodeID, log *slog.Logger) (*Conn, error) {
-	c, log := &Conn{pending: subscriptionMessages}, EventLogger(log)
+	c, log := &Conn{pending: subscriptionMessages, first: make(chan struct{})}, EventLogger(log)
 	if cfg.Creds != "" {
 		if _, err := os.Stat(cfg.Creds); err != nil { // NATS would look for it at each attempt, and not tell
 			return nil, fmt.Errorf("NATS credential: %w", err)
@@ -74,6 +75,9 @@ func Dial(cfg ConnConfig, node NodeID, log *slog.Logger) (*Conn, error) {
 		return nil, fmt.Errorf("connect to NATS: %w", redact(err))
 	}
 	c.nc = nc
+	if nc.IsConnected() {
+		<-c.first // its handler runs beside this
+	}
 	if c.js, err = jetstream.New(nc, jetstream.WithDefaultTimeout(jsTimeout)); err != nil {
 		c.Close()
 		return nil, fmt.Errorf("use JetStream: %w", err)
@@ -100,6 +104,7 @@ func (c *Conn) options(node NodeID, log *slog.Logger) []nats.Option {
 		nats.ConnectHandler(func(*nats.Conn) {
 			c.connected.Store(true)
 			log.Info("nats_connected")
+			close(c.first)
 		}),
 		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
 			c.connected.Store(false)
@@ -108,9 +113,9 @@ func (c *Conn) options(node NodeID, log *slog.Logger) []nats.Option {
 			}
 		}),
 		nats.ReconnectHandler(func(*nats.Conn) {
-			c.connected.Store(true)
 			log.Info("nats_reconnected")
-			c.tellDisturbed()
+			c.tellDisturbed() // before anybody goes by what was true until then
+			c.connected.Store(true)
 		}),
 		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
 			log.Warn("nats_error", "error", redact(err))

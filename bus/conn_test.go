@@ -63,6 +63,38 @@ func TestDial_ServerIsNotThereYet(t *testing.T) {
 	}
 }
 
+func TestDial_ServerIsThere_IsConnectedAtOnce(t *testing.T) {
+	s := startNATS(t, testenv.ServerOptions{})
+	for range 20 {
+		if c := dial(t, ConnConfig{URL: s.URL()}); !c.Connected() {
+			t.Fatal("not connected when Dial returned")
+		}
+	}
+}
+
+// Whoever decides by Connected knows by then that what was true before is a hint.
+func TestReconnect_DisturbanceIsToldFirst(t *testing.T) {
+	s := startNATS(t, testenv.ServerOptions{})
+	proxy, err := testenv.NewProxy(strings.TrimPrefix(s.URL(), "nats://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(proxy.Close)
+	c := dial(t, ConnConfig{URL: "nats://" + proxy.Addr()})
+	told := make(chan bool, 1)
+	c.OnDisturbed(func() { told <- c.Connected() })
+	proxy.Cut()
+	select {
+	case connected := <-told:
+		if connected {
+			t.Error("connected before that was told")
+		}
+	case <-time.After(patience):
+		t.Fatal("nothing was told")
+	}
+	eventually(t, "it is connected", c.Connected)
+}
+
 func TestDial_SubscriptionMadeBeforeTheServerIsThere_Works(t *testing.T) {
 	s := startNATS(t, testenv.ServerOptions{})
 	s.Stop()

@@ -272,9 +272,11 @@ func (l *Link) endLocked() {
 	l.writable.Broadcast()
 }
 
+// tellEnd has the place in the attach table free before anybody can hear of the end, and
+// dial because of it.
 func (l *Link) tellEnd(err error) {
-	l.recv.End(l, err)
 	l.tellHandler()
+	l.recv.End(l, err)
 }
 
 func (l *Link) tellHandler() {

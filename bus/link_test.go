@@ -54,8 +54,11 @@ func (r *receiver) Deliver(l *Link, buf []byte) {
 	}
 }
 
-func (r *receiver) End(_ *Link, err error) {
+func (r *receiver) End(l *Link, err error) {
 	r.enter()
+	if h, ok := l.bus.handler.(*holder); ok && l.side == binarySide && !h.knowsEnd(l) {
+		r.t.Error("End before Ended: whoever dials because of it finds the place taken")
+	}
 	r.mu.Lock()
 	r.ends = append(r.ends, err)
 	if len(r.ends) > 1 {
@@ -189,6 +192,12 @@ func (h *holder) Ended(l *Link) {
 		h.extra++
 	}
 	h.links[l] = true
+}
+
+func (h *holder) knowsEnd(l *Link) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.links[l]
 }
 
 func (h *holder) Moved(l *Link) { h.moved <- l }
@@ -449,6 +458,7 @@ func TestLink_ReceiverThatTakesNothing_SendGivesUp(t *testing.T) {
 		if d := time.Since(start); d != pauseTimeout || !errors.Is(err, ErrLinkLost) {
 			t.Errorf("Send returned %v after %v, want ErrLinkLost after %v", err, d, pauseTimeout)
 		}
+		synctest.Wait() // until the other end knows
 		for _, recv := range []*receiver{phone, binary} {
 			if ends := recv.told(); len(ends) != 1 || !errors.Is(ends[0], ErrLinkLost) {
 				t.Errorf("ended with %v, want ErrLinkLost", ends)

@@ -23,7 +23,7 @@ func TestCluster_ThreeServers(t *testing.T) {
 	for i := range nodes {
 		nodes[i] = newNode(t, prefix, func(s *settings) {
 			s.nats, s.registry.KVReplicas = c.URLs()[i], 3
-			s.registry.Grace, s.registry.ProbeTimeout = 2*time.Second, time.Second
+			s.registry.Grace, s.registry.ProbeTimeout = 5*time.Second, 3*time.Second
 		})
 	}
 	for _, n := range nodes {

@@ -503,12 +503,13 @@ func TestRoute_HTTPServerTimeouts(t *testing.T) {
 	t.Parallel()
 	n := newCluster(t, 1)[0]
 	srv := httptest.NewUnstartedServer(n.gw.Handler())
-	srv.Config.ReadTimeout, srv.Config.WriteTimeout, srv.Config.IdleTimeout = 300*time.Millisecond, 300*time.Millisecond, 300*time.Millisecond
+	const short = 2 * time.Second
+	srv.Config.ReadTimeout, srv.Config.WriteTimeout, srv.Config.IdleTimeout = short, short, short
 	srv.Start()
 	defer srv.Close()
 	n.url = "ws" + strings.TrimPrefix(srv.URL, "http")
 	p, b, connID := meet(n, n)
-	pass(700 * time.Millisecond)
+	pass(short + time.Second)
 	p.send("1")
 	b.wantFrame("1")
 	b.send(connID, "2")
@@ -531,7 +532,9 @@ func maskedFrame(first byte, payload []byte) []byte {
 
 func TestRoute_MessageTimeout(t *testing.T) {
 	t.Parallel()
-	short := func(s *settings) { s.gateway.MessageTimeout = 300 * time.Millisecond }
+	short := func(s *settings) {
+		s.gateway.MessageTimeout, s.gateway.PingInterval = 300*time.Millisecond, time.Hour // no ping breaks the silence
+	}
 	for name, begun := range map[string][]byte{
 		"HalfAPayload":        maskedFrame(0x81, []byte(`"hello"`))[:8],
 		"OneByteOfAHeader":    {0x81},

@@ -106,7 +106,7 @@ func TestServer_DeadIncumbent_Takeover(t *testing.T) {
 		await(t, "one binary is counted", func() bool {
 			return challengers.gw.held.Load() == 1 && (holders == challengers || holders.gw.held.Load() == 0)
 		})
-	}, probeOf(time.Second))
+	}, probeOf(4*time.Second)) // all that the parked one sends comes before
 }
 
 // A claim that nobody can decide any more is closed, not at once and not with 4409.
@@ -505,7 +505,7 @@ func TestGrace_BinaryReturns_OldGraceEndsNothing(t *testing.T) {
 		binaries.wantEvent("server_released", nil)
 		b := phones.binary(id)
 		p, connID := join(binaries, b, id)
-		pass(2500 * time.Millisecond) // past the first grace
+		pass(4500 * time.Millisecond) // past the first grace
 		p.send("1")
 		b.wantFrame("1")
 		b.send(connID, "2")
@@ -516,7 +516,7 @@ func TestGrace_BinaryReturns_OldGraceEndsNothing(t *testing.T) {
 				t.Errorf("expiries: %s, want 0", got)
 			}
 		}
-	}, graceOf(time.Second))
+	}, graceOf(3*time.Second))
 }
 
 // A binary that flaps keeps its server-id.

@@ -27,6 +27,9 @@ func (r *Registry) sweepLoop(ctx context.Context) {
 		case <-r.sweepNow:
 		}
 		if r.Ready() != nil {
+			if !r.swept() && pause(ctx, sweepPause) {
+				r.sweepSoon() // as soon as it is
+			}
 			continue
 		}
 		err := r.createBuckets(ctx) // one may have been deleted

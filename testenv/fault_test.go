@@ -210,7 +210,7 @@ func TestProxyDelayKeepsOrderAndThroughput(t *testing.T) {
 		time.Sleep(time.Millisecond) //nolint:forbidigo // so that they are chunks of their own
 	}
 	wantRead(t, server, want)
-	if took := time.Since(start); took < delay || took > 20*delay {
+	if took := time.Since(start); took < delay || took > 50*delay {
 		t.Errorf("took %v; want a little more than %v", took, delay)
 	}
 }
