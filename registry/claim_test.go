@@ -69,7 +69,7 @@ func TestClaimInGrace_SucceedsAtOnceAnywhere(t *testing.T) {
 			b.release()
 			start := time.Now()
 			b = n.mustClaim("id", WithoutProbe())
-			if d := time.Since(start); d > time.Second {
+			if d := time.Since(start); d > 2*slack {
 				t.Errorf("reclaim %d took %s, want at once", i, d)
 			}
 			s.wantHolder(b)
@@ -97,7 +97,7 @@ func TestClaimAfterGrace(t *testing.T) {
 func TestWriteTimedOutButCommitted_IsItsOwn(t *testing.T) {
 	onBoth(t, func(t *testing.T, s *scene) {
 		n := s.node()
-		n.proxy.SetDelay(50 * time.Millisecond) // the answer is in the proxy when the observer sees the write
+		n.proxy.SetDelay(300 * time.Millisecond) // the answer is in the proxy when the observer sees the write
 		var once sync.Once
 		sub, err := s.nc.Subscribe("$KV."+s.cfg.KVPrefix+"_presence.id", func(*nats.Msg) {
 			once.Do(func() {
@@ -175,7 +175,7 @@ func TestNATSHoldsBytes_ClaimIsUndecidedAndItsEntryRemoved(t *testing.T) {
 		ns[0].proxy.Hold()
 		start := time.Now()
 		_, err := ns[0].claim("id", WithoutProbe())
-		if d := time.Since(start); d > decideTimeout+300*time.Millisecond {
+		if d := time.Since(start); d > decideTimeout+slack {
 			t.Errorf("claim took %s, want %s", d, decideTimeout)
 		}
 		wantErr(t, "claim", err, ErrUndecided)
@@ -211,7 +211,7 @@ func TestHolderNodeFrozen_ClaimIsUndecided(t *testing.T) {
 		start := time.Now()
 		_, err := ns[0].claim("id", WithoutProbe())
 		wantErr(t, "claim", err, ErrUndecided)
-		if d := time.Since(start); d > decideTimeout+300*time.Millisecond {
+		if d := time.Since(start); d > decideTimeout+slack {
 			t.Errorf("claim took %s, want %s at most", d, decideTimeout)
 		}
 		ns[1].proxy.Resume()
@@ -387,8 +387,9 @@ func TestFight_KVWritesAndPingsAreBounded(t *testing.T) {
 			b = ns[(i+1)%3].mustClaim("id")
 		}
 		eventually(t, 5*time.Second, "entry of the last one", func() bool { e, ok := s.entry("id"); return ok && e.Session == b.session() })
-		if got := writes() - before; got > 4*6 {
-			t.Errorf("6 reclaims caused %d writes, want at most 4 each: release, that once more, claim, proof", got)
+		if got := writes() - before; got > 6*6 {
+			// Release, that once more, claim, proof; and a proof may meet the next claim, and be done twice.
+			t.Errorf("6 reclaims caused %d writes, want 4 each, and at most 6", got)
 		}
 	})
 }

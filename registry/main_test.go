@@ -386,6 +386,9 @@ func unmarked(frame []byte) string { return strings.TrimPrefix(string(frame), ma
 
 func (p *testPhone) hangUp() { p.at.UnregisterPhone(p.serverID, p.id) }
 
+// slack is the share of a loaded machine in what is timed.
+const slack = time.Second
+
 // eventually waits for a state.
 func eventually(t *testing.T, d time.Duration, what string, cond func() bool) {
 	t.Helper()

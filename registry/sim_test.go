@@ -444,7 +444,7 @@ func (w *simWorld) dial(n *simNode, serverID string) {
 	defer w.mu.Unlock()
 	w.noteLocked("%s dialled %s on %s since %.3f: %v", p.id, serverID, n.port.id, called.Sub(w.start).Seconds(), err)
 	w.countLocked("dial", err)
-	if took := time.Since(called); took > decideTimeout+simDelay {
+	if took := time.Since(called); took > decideTimeout+3*simDelay {
 		w.breakLocked("dial took %s", took)
 	}
 	w.checkDecisionLocked(n, err)

@@ -31,7 +31,7 @@ func TestEntryDeleted_IsWrittenAgain(t *testing.T) {
 		b := ns[0].mustClaim("id")
 		p := ns[1].mustDial("id")
 		s.removeID()
-		eventually(t, sweepEvery+time.Second, "entry there again", func() bool { _, ok := s.entry("id"); return ok })
+		eventually(t, sweepEvery+2*slack, "entry there again", func() bool { _, ok := s.entry("id"); return ok })
 		s.wantHolder(b)
 		wantQuiet(t, "eviction", b.evicted)
 		wantQuiet(t, "end of the phone", p.in.ends)
@@ -44,7 +44,7 @@ func TestAnotherSessionInTheKV_DisplacesTheHolder(t *testing.T) {
 		b := ns[0].mustClaim("id")
 		p := ns[1].mustDial("id")
 		s.write("id", entry{Node: ns[1].id, Session: bus.NewSessionID(), State: stateHeld}.encode())
-		wantErr(t, "eviction", within(t, sweepEvery+time.Second, "eviction", b.evicted), ErrDisplaced)
+		wantErr(t, "eviction", within(t, sweepEvery+2*slack, "eviction", b.evicted), ErrDisplaced)
 		wantErr(t, "its phone", within(t, 2*time.Second, "end", p.in.ends), bus.ErrReclaimed)
 		b.release()
 		if e, _ := s.entry("id"); e.State != stateHeld || e.Node != ns[1].id {

@@ -104,7 +104,7 @@ func withinFileLimit(t *testing.T, want int) int {
 // bytes keep coming. Those that do are left alone, however long they go on.
 func TestSlowPeers_OneByteAtATime(t *testing.T) {
 	t.Parallel()
-	const limit, every = 2 * time.Second, 50 * time.Millisecond
+	const limit, every, briskly = 2 * time.Second, 50 * time.Millisecond, 10 * time.Millisecond
 	const never, midway, binaries, patient = 24, 24, 24, 4
 	ctx := scenarioContext(t, time.Minute)
 	n := startProcess(t, "--message-timeout", limit.String(), "--max-phones", "64")
@@ -134,7 +134,7 @@ func TestSlowPeers_OneByteAtATime(t *testing.T) {
 	}
 	// Some finish each message: three times as long as the limit, all in all.
 	var patients [patient]*rawPeer
-	const words = 12
+	const words = 60
 	for i := range patients {
 		patients[i] = connect("/v1/client", serverID)
 	}
@@ -154,7 +154,7 @@ func TestSlowPeers_OneByteAtATime(t *testing.T) {
 	for i, p := range patients {
 		talks.Go(func() {
 			for word := range words {
-				if err := p.spell(textMessage(fmt.Sprintf("%d%d", i+1, word)), every); err != nil {
+				if err := p.spell(textMessage(fmt.Sprintf("%d%d", i+1, word)), briskly); err != nil {
 					t.Errorf("a phone that finishes its messages: %v after %d", err, word)
 					return
 				}
@@ -385,7 +385,7 @@ func (f *flood) down(ctx context.Context, t *testing.T) {
 // it, and not when it is closed.
 func TestSlowPhone_SiblingsGoOn(t *testing.T) {
 	t.Parallel()
-	const trips, longest = 30, 2 * time.Second
+	const trips, longest = 30, 2*time.Second + slack
 	p := startPlace(t, calmNATS.get(t), "--write-timeout", "1m")
 	for name, at := range placements {
 		t.Run(name, func(t *testing.T) {

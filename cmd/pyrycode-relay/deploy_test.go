@@ -20,6 +20,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -611,21 +612,34 @@ func waitForOK(t *testing.T, address string) {
 }
 
 // freePorts returns ports that nobody listens on, below those that outgoing
-// connections are given.
+// connections are given. None is returned twice: a server that is down for a while finds
+// its own free.
 func freePorts(t *testing.T, n int) []int {
 	t.Helper()
 	var ports []int
-	for len(ports) < n {
-		port := 12_000 + rand.IntN(8_000)
+	for range portCount {
+		port := firstPort + int(portCursor.Add(1)%portCount)
 		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if err != nil {
 			continue
 		}
-		defer listener.Close() // at the end, lest a port is found twice
-		ports = append(ports, port)
+		listener.Close()
+		if ports = append(ports, port); len(ports) == n {
+			return ports
+		}
 	}
-	return ports
+	t.Fatalf("no %d free ports from %d to %d", n, firstPort, firstPort+portCount-1)
+	return nil
 }
+
+const firstPort, portCount = 12_000, 8_000
+
+// portCursor starts anywhere: another process may test beside this one.
+var portCursor = func() *atomic.Uint32 {
+	c := new(atomic.Uint32)
+	c.Store(rand.Uint32N(portCount))
+	return c
+}()
 
 // environ returns variables as os.Environ would, with nothing of this machine's
 // but where things are.

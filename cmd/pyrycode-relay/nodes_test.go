@@ -423,10 +423,11 @@ func TestNATSOutage_SessionsOfOneNodeGoOn(t *testing.T) {
 	phone := dialPhone(ctx, t, n, serverID)
 	meet(ctx, t, phone, binary, "before")
 
+	logged := len(n.log.String())
 	server.Stop()
-	n.await(t, "event=(nats_disconnected)")
+	n.awaitAfter(t, logged, "event=(nats_disconnected)")
 	meet(ctx, t, phone, binary, "at once")
-	n.await(t, "event=(lease_not_renewed) deciding=false")
+	n.awaitAfter(t, logged, "event=(lease_not_renewed) deciding=false")
 	meet(ctx, t, phone, binary, "without a lease")
 	if status, body := fetch(t, n.http+"/readyz"); status != 503 || !strings.Contains(body, "NATS") {
 		t.Errorf("/readyz: got %d %s, want 503 with the reason", status, body)
@@ -439,7 +440,7 @@ func TestNATSOutage_SessionsOfOneNodeGoOn(t *testing.T) {
 	if err := server.Restart(); err != nil {
 		t.Fatal(err)
 	}
-	n.await(t, "event=(lease_renewed)")
+	n.awaitAfter(t, logged, "event=(lease_renewed)")
 	meet(ctx, t, phone, binary, "after")
 	meet(ctx, t, dialPhone(ctx, t, n, serverID), binary, "a new phone")
 }

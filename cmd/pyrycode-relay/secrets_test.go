@@ -33,7 +33,7 @@ func TestNothingSecretLeaks(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(server.Close)
-	flags := []string{"--nats-url", server.URL(), "--max-phones", "2", "--probe-timeout", "300ms", "--grace", "1s"}
+	flags := []string{"--nats-url", server.URL(), "--max-phones", "2", "--probe-timeout", "3s", "--grace", "3s"}
 	nodes := [2]*node{startProcess(t, flags...), startProcess(t, flags...)}
 
 	for i, n := range nodes {

@@ -220,11 +220,17 @@ func (n *node) awaitReady(t *testing.T) {
 // await waits for a line of the log and returns what its first group matched.
 func (n *node) await(t *testing.T, pattern string) string {
 	t.Helper()
+	return n.awaitAfter(t, 0, pattern)
+}
+
+// awaitAfter is await for a line behind the first bytes of the log.
+func (n *node) awaitAfter(t *testing.T, bytes int, pattern string) string {
+	t.Helper()
 	match := regexp.MustCompile(pattern)
 	deadline := time.After(scenarioWait)
 	for {
 		grown := n.log.grown()
-		if found := match.FindStringSubmatch(n.log.String()); found != nil {
+		if found := match.FindStringSubmatch(n.log.String()[bytes:]); found != nil {
 			return found[1]
 		}
 		select {
