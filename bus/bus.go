@@ -89,7 +89,8 @@ type Transport interface {
 	// Connected reports whether messages can go out, as far as is known. It does not
 	// block.
 	Connected() bool
-	// OnDisturbed has f called after messages may have been lost.
+	// OnDisturbed has f called after messages may have been lost: when the connection is
+	// back, before Connected says so.
 	OnDisturbed(f func())
 }
 

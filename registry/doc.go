@@ -118,7 +118,7 @@
 // # Locks
 //
 // Registry.mu comes last: it is never held across a call of bus, of a connection or of
-// the KV. bus calls Open and Ended with a link's mu held or not; they take Registry.mu
+// the KV. bus calls Open and Ended with no link's mu held; they take Registry.mu
 // only. lease.mu is independent of it, and held across nothing but Bus.Connected; the
 // callback that the transport is given (OnDisturbed) takes it and does not block.
 package registry

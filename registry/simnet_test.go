@@ -45,6 +45,7 @@ type simPort struct {
 
 	// Guarded by net.mu.
 	state     portState
+	telling   bool      // it is back, and those who want to know of it have not all been told
 	off       time.Time // since when it has no way to a majority; zero: it has
 	subject   string    // up to its wildcard
 	inbox     chan simMsg
@@ -117,16 +118,20 @@ func (p *simPort) setState(s portState) {
 	if s == portLinked && before != portLinked {
 		tell = p.disturbed
 	}
+	p.telling = len(tell) > 0
 	p.net.mu.Unlock()
 	for _, f := range tell {
 		f()
 	}
+	p.net.mu.Lock()
+	p.telling = false
+	p.net.mu.Unlock()
 }
 
 func (p *simPort) Connected() bool {
 	p.net.mu.Lock()
 	defer p.net.mu.Unlock()
-	return p.state == portLinked || p.state == portHeld
+	return !p.telling && (p.state == portLinked || p.state == portHeld)
 }
 
 func (p *simPort) OnDisturbed(f func()) {

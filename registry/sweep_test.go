@@ -2,6 +2,7 @@ package registry
 
 import (
 	"context"
+	"errors"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -23,6 +24,18 @@ func (s *scene) removeID() {
 	if err != nil {
 		s.t.Fatal(err)
 	}
+}
+
+// deleteBucket deletes a bucket by hand. While nodes make one NATS may leave a request
+// without an answer, which is then asked again.
+func (s *scene) deleteBucket(name string) {
+	s.t.Helper()
+	eventually(s.t, 20*time.Second, "the bucket deleted", func() bool {
+		ctx, cancel := context.WithTimeout(context.Background(), kvTimeout)
+		defer cancel()
+		err := s.js.DeleteKeyValue(ctx, name)
+		return err == nil || errors.Is(err, jetstream.ErrBucketNotFound)
+	})
 }
 
 func TestEntryDeleted_IsWrittenAgain(t *testing.T) {
