@@ -42,7 +42,7 @@ type Conn struct {
 	pending    int    // messages that may wait for the dispatch goroutine
 
 	connected atomic.Bool
-	first     chan struct{} // closed when it has been, once
+	first     chan struct{} // closed at the first connect
 
 	mu        sync.Mutex
 	disturbed []func()

@@ -361,6 +361,27 @@ func TestDisturbedDuringASweep_TablesStayAHint(t *testing.T) {
 	})
 }
 
+// A sweep that is asked for while the node is not ready begins soon after it is, and not
+// with the next tick.
+func TestDisturbedWhileNotReady_SweepsSoonAfter(t *testing.T) {
+	calmWorld(t, func(w *simWorld) {
+		n := w.nodes[0]
+		for range 3 { // a tick may fall into one of these
+			n.port.setState(portAway)
+			n.doubt()
+			w.sleep(sweepPause / 2)
+			n.port.net.mu.Lock()
+			n.port.state = portLinked // nobody asks for another one
+			n.port.net.mu.Unlock()
+			w.sleep(leaseRetry + 3*sweepPause) // the longest pauses of a sweep that the fault met
+			if !n.swept() {
+				t.Error("no sweep although the node is ready again")
+			}
+			w.sleep(time.Second)
+		}
+	})
+}
+
 // A node that has drained sends phones to look again: what it held is in its grace.
 func TestStoppedNode_DoesNotSayThatNobodyHolds(t *testing.T) {
 	onBoth(t, func(t *testing.T, s *scene) {
