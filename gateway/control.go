@@ -8,8 +8,8 @@ import (
 	"github.com/pyrycode/pyrycode-relay/bus"
 )
 
-// control is the pings and pongs of a connection. The outbox's writer writes them,
-// between two batches of messages, like everything else: so they have the write deadline of a
+// control is the pings and pongs of a connection. The outbox writes them, between two
+// batches of messages, like everything else: so they have the write deadline of a
 // message, and not the 5 s after which the library breaks the connection, and no
 // pong is left out because of a long message.
 type control struct {

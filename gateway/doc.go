@@ -48,9 +48,9 @@
 // # Goroutines
 //
 // Per connection: the reader (Gateway.run), which ends last and awaits the others;
-// the outbox's writer, while there is something to write, pings and pongs included, or
-// to close; one for a claim that needs a probe. Per gateway: heartbeatLoop, while there
-// is a connection.
+// the outbox's writer, while there is something to write, or to close; one for a claim
+// that needs a probe. Per gateway: heartbeatLoop, while there is a connection. It writes
+// the ping itself where nothing else is written and the socket takes it at once.
 //
 // # Memory
 //

@@ -67,7 +67,7 @@ func (g *Gateway) slot(conns *[]*conn, tick int) []*conn {
 // askBeat pings the peer. If an earlier ping is still waited for, its time-out stays.
 func (c *conn) askBeat(tick int) {
 	ping := c.out.control.ask()
-	c.out.wake()
+	c.out.beat()
 	if c.beat.ping == 0 || c.out.control.answeredTo(c.beat.ping) {
 		c.beat = beat{ping: ping, tick: tick, stalls: c.stalls.Load()}
 	}

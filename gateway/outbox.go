@@ -7,11 +7,11 @@ import (
 )
 
 // outbox is a connection's queue of messages to its peer. Its writer is a
-// goroutine that exists only while there is something to write. It writes control
-// frames and the close frame too: so a close never overtakes a message, and a
-// message that is half written is finished first. A phone's queue is bounded by its
-// link's credit; a binary's by limit, because frames of phones that have left stay
-// in it.
+// goroutine that exists only while there is something to write, but for a ping that
+// beat can write without waiting. It writes control frames and the close frame too: so a
+// close never overtakes a message, and a message that is half written is finished first.
+// A phone's queue is bounded by its link's credit; a binary's by limit, because frames
+// of phones that have left stay in it.
 type outbox struct {
 	conn    *conn
 	run     func() // writeLoop; made once, because go allocates what it has to bind
@@ -24,7 +24,8 @@ type outbox struct {
 	queue   bus.Queue[message]
 	size    int       // bytes of queue, each message with messageOverhead
 	unsent  []message // that were queued and can never be written, without their bytes
-	writing bool      // the writer runs
+	writing bool      // the writer runs, or beat writes in its place
+	owing   bool      // sock has a part of a ping to write
 	closing bool      // closeAs is set; nothing more is queued
 	closeAs closeCode
 	failed  bool // nothing can be written any more
@@ -88,6 +89,28 @@ func (o *outbox) wake() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.wakeLocked()
+}
+
+// beat writes the control frame that is due, without waiting and without a writer, which
+// most pings do not need: it gets what the socket does not take.
+func (o *outbox) beat() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.writing || o.sock == nil || o.failed {
+		return
+	}
+	op, payload, ok := o.control.next()
+	if !ok {
+		return
+	}
+	o.writing = true
+	o.mu.Unlock()
+	owing := !o.sock.tryWrite(appendFrame(nil, op, payload))
+	o.mu.Lock()
+	o.writing, o.owing = false, owing
+	if owing || o.queue.Len() > 0 || o.closing || o.control.due() {
+		o.wakeLocked()
+	}
 }
 
 // close has the connection closed as c after what is queued, or after the messages in
@@ -198,13 +221,14 @@ func (o *outbox) take(b *batch) work {
 	switch {
 	case o.failed:
 		return over // nothing begins any more
-	case o.queue.Len() > 0 || !o.closing && o.control.due(): // a flood of pings puts off no close
+	case o.queue.Len() > 0 || o.owing || !o.closing && o.control.due(): // a flood of pings puts off no close
 	case o.closing:
 		return closing
 	default:
 		o.writing = false
 		return over
 	}
+	o.owing = false
 	for size := 0; o.queue.Len() > 0; {
 		m := *o.queue.At(0)
 		if size += m.cost(); size > batchSize && len(b.messages) > 0 {

@@ -41,6 +41,7 @@ type wire struct {
 	br    *bufio.Reader
 	raw   syscall.RawConn       // of a plain TCP connection; nil: its bytes come through Conn
 	ready func(fd uintptr) bool // fill
+	pongs *control              // takes pongs that come alone
 
 	// Owned by the reading goroutine, and by close's once closing is set. The library
 	// has only one of them read at a time.
@@ -56,7 +57,8 @@ type wire struct {
 
 	// Guarded by out, which is held while something is written.
 	out  sync.Mutex
-	over bool // a close frame has been written, or a part of a frame: nothing may follow
+	over bool   // a close frame has been written, or a part of a frame: nothing may follow
+	owed []byte // what tryWrite could not write: it comes first
 }
 
 // readBuffers are used by connections that have something to read.
@@ -93,6 +95,9 @@ func (w *wire) Read(p []byte) (int, error) {
 func (w *wire) fill(fd uintptr) bool {
 	buf := readBuffers.Get().(*[readSize]byte)
 	n, err := readFD(fd, buf[:])
+	if n > 0 && w.tookPong(buf[:n]) {
+		n, err = readFD(fd, buf[:])
+	}
 	if n > 0 {
 		w.buf, w.unread = buf, buf[:n]
 		return true
@@ -100,6 +105,22 @@ func (w *wire) fill(fd uintptr) bool {
 	readBuffers.Put(buf)
 	w.failed = err
 	return !errors.Is(err, syscall.EAGAIN)
+}
+
+// tookPong reports whether p, all that has arrived, is a whole pong between two messages,
+// and takes it: the library makes a context with a timer for each control frame, and a
+// pong is all that an idle peer sends.
+func (w *wire) tookPong(p []byte) bool {
+	const header, masked = 2 + 4, 0x80 // the mask included
+	n := len(p) - header
+	if w.inHand || w.inMessage || n < 0 || n > 125 || p[0] != final|byte(opPong) || p[1] != masked|byte(n) {
+		return false
+	}
+	for i := range n {
+		p[header+i] ^= p[2+i%4]
+	}
+	w.pongs.ponged(p[header:])
+	return true
 }
 
 // bound sets a deadline if the peer owes the rest of a message.
@@ -159,7 +180,10 @@ func (w *wire) Write(p []byte) (int, error) {
 	}
 	w.over = true
 	w.extend()
-	return w.Conn.Write(p)
+	if _, err := w.Conn.Write(append(w.owed, p...)); err != nil {
+		return 0, err
+	}
+	return len(p), nil
 }
 
 // extend gives what is written next its time. w.out is held.
@@ -175,6 +199,9 @@ func (w *wire) writeFrames(frames, rest []byte) error {
 	if w.over {
 		return net.ErrClosed
 	}
+	if len(w.owed) > 0 {
+		frames, w.owed = append(w.owed, frames...), nil
+	}
 	w.extend()
 	var err error
 	if len(rest) == 0 {
@@ -187,11 +214,33 @@ func (w *wire) writeFrames(frames, rest []byte) error {
 	return err
 }
 
+// tryWrite writes a frame, as far as the socket takes it at once. It returns false if it
+// owes the rest then: that comes before whatever is written next, which the caller has to
+// bring about. Nothing may be owed before.
+func (w *wire) tryWrite(frame []byte) bool {
+	if !w.out.TryLock() {
+		return true // the library writes a close frame, which nothing follows
+	}
+	defer w.out.Unlock()
+	if w.over {
+		return true
+	}
+	n := 0
+	if w.raw != nil {
+		_ = w.raw.Control(func(fd uintptr) { n = writeFD(fd, frame) }) // fails only when closed, and then the next write fails too
+	}
+	if n == len(frame) {
+		return true
+	}
+	w.owed = bytes.Clone(frame[n:])
+	return false
+}
+
 // upgrade answers the WebSocket handshake of c. When it is valid and before the 101
 // goes out, it calls decide; if that returns a refusal, the answer is its status
 // instead. The socket has no limit on message length: the reader counts.
 func upgrade(w http.ResponseWriter, r *http.Request, c *conn, decide func() error) (*socket, error) {
-	u := &upgrader{ResponseWriter: w, decide: decide, cfg: &c.g.cfg}
+	u := &upgrader{ResponseWriter: w, decide: decide, conn: c}
 	ws, err := websocket.Accept(u, r, &websocket.AcceptOptions{
 		InsecureSkipVerify: true, // no cookies here: a page that dials has no more rights than any program
 		CompressionMode:    websocket.CompressionDisabled,
@@ -218,7 +267,7 @@ func upgrade(w http.ResponseWriter, r *http.Request, c *conn, decide func() erro
 type upgrader struct {
 	http.ResponseWriter
 	decide  func() error
-	cfg     *Config
+	conn    *conn
 	wire    *wire
 	refused error
 }
@@ -256,7 +305,8 @@ func (u *upgrader) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		return nil, nil, err
 	}
 	limitBuffers(conn)
-	w := &wire{Conn: conn, writeTimeout: u.cfg.WriteTimeout, messageTimeout: u.cfg.MessageTimeout}
+	cfg := &u.conn.g.cfg
+	w := &wire{Conn: conn, writeTimeout: cfg.WriteTimeout, messageTimeout: cfg.MessageTimeout, pongs: &u.conn.out.control}
 	w.raw, w.ready = rawConn(conn), w.fill
 	// What the client sent behind its handshake is in the server's buffer.
 	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // as much as is buffered is there
@@ -340,6 +390,9 @@ const (
 	opPong opcode = 0xa
 )
 
+// final is the bit of a frame that is the last of its message.
+const final = 0x80
+
 // appendFrame appends a frame that is a whole message, or a control frame.
 func appendFrame(b []byte, op opcode, payload []byte) []byte {
 	return append(appendHeader(b, op, len(payload)), payload...)
@@ -347,7 +400,6 @@ func appendFrame(b []byte, op opcode, payload []byte) []byte {
 
 // appendHeader appends the header of a frame whose payload has n bytes.
 func appendHeader(b []byte, op opcode, n int) []byte {
-	const final = 0x80
 	switch {
 	case n <= 125:
 		return append(b, final|byte(op), byte(n)) //nolint:gosec // at most 125
@@ -361,6 +413,10 @@ func appendHeader(b []byte, op opcode, n int) []byte {
 // message and waits for a control frame no longer than 5 s. rest, if it is not empty,
 // is the end of the last frame.
 func (s *socket) write(frames, rest []byte) error { return s.wire.writeFrames(frames, rest) }
+
+// tryWrite writes a frame without waiting. It returns false if that took only a part of
+// it, or nothing: the rest leaves with the next write.
+func (s *socket) tryWrite(frame []byte) bool { return s.wire.tryWrite(frame) }
 
 // close sends a close frame, waits for the peer's (at most 5 s), and closes. A code
 // that may not be in one closes this direction only: dropped at once, what was

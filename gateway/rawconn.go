@@ -34,3 +34,14 @@ func readFD(fd uintptr, p []byte) (int, error) {
 		}
 	}
 }
+
+// writeFD is one write to a socket that does not block. It returns how much of p was
+// taken: nothing if the socket is full, or broken, as the next write that waits will tell.
+func writeFD(fd uintptr, p []byte) int {
+	for {
+		n, err := syscall.Write(int(fd), p)
+		if !errors.Is(err, syscall.EINTR) {
+			return max(0, n)
+		}
+	}
+}
