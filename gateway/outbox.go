@@ -91,8 +91,8 @@ func (o *outbox) wake() {
 	o.wakeLocked()
 }
 
-// beat writes the control frame that is due, without waiting and without a writer, which
-// most pings do not need: it gets what the socket does not take.
+// beat writes the control frame that is due without waiting, and so without a writer.
+// What the socket does not take at once is the writer's.
 func (o *outbox) beat() {
 	o.mu.Lock()
 	defer o.mu.Unlock()

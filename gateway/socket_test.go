@@ -25,18 +25,9 @@ import (
 // upgraded and the raw bytes' end of it. f calls ends. Times are exact there.
 func bubble(t *testing.T, f func(t *testing.T, c *conn, peer net.Conn)) {
 	synctest.Test(t, func(t *testing.T) {
-		g := &Gateway{cfg: Config{WriteTimeout: 8 * time.Second}.withDefaults()}
-		c := new(conn)
-		c.init(g, kindPhone, "c", func(int) {})
-		upgraded := make(chan *socket, 1)
+		c, handler, upgraded := phoneConn(t, Config{WriteTimeout: 8 * time.Second})
 		l := testenv.NewListener()
-		srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			s, err := upgrade(w, r, c, func() error { return nil })
-			if err != nil {
-				t.Error(err)
-			}
-			upgraded <- s
-		})}
+		srv := &http.Server{Handler: handler}
 		go func() { _ = srv.Serve(l) }() // until Close
 		defer srv.Close()
 		peer, err := l.Dial(t.Context(), "tcp", "relay.test")
@@ -51,20 +42,27 @@ func bubble(t *testing.T, f func(t *testing.T, c *conn, peer net.Conn)) {
 	})
 }
 
-// overTCP returns a phone's connection that has just been upgraded over TCP, and the
-// peer's end of it. They end with the test.
-func overTCP(t *testing.T) (c *conn, peer net.Conn) {
-	t.Helper()
+// phoneConn returns a phone's connection without a socket, and who upgrades a request for
+// it.
+func phoneConn(t *testing.T, cfg Config) (c *conn, handler http.Handler, upgraded <-chan *socket) {
 	c = new(conn)
-	c.init(&Gateway{cfg: Config{}.withDefaults()}, kindPhone, "c", func(int) {})
-	upgraded := make(chan *socket, 1)
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	c.init(&Gateway{cfg: cfg.withDefaults()}, kindPhone, "c", func(int) {})
+	sockets := make(chan *socket, 1)
+	return c, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s, err := upgrade(w, r, c, func() error { return nil })
 		if err != nil {
 			t.Error(err)
 		}
-		upgraded <- s
-	}))
+		sockets <- s
+	}), sockets
+}
+
+// overTCP returns a phone's connection that has just been upgraded over TCP, and the
+// peer's end of it. They end with the test.
+func overTCP(t *testing.T) (c *conn, peer net.Conn) {
+	t.Helper()
+	c, handler, upgraded := phoneConn(t, Config{})
+	srv := httptest.NewServer(handler)
 	t.Cleanup(srv.Close)
 	peer, err := net.Dial("tcp", srv.Listener.Addr().String())
 	if err != nil {
