@@ -241,18 +241,24 @@ func (c *Conn) Publish(subject, replyTo string, data []byte) error {
 // Request implements Transport; it also makes the JetStream calls that have no
 // client method.
 func (c *Conn) Request(ctx context.Context, subject string, data []byte) (*nats.Msg, error) {
-	msg, err := c.nc.RequestWithContext(ctx, subject, data)
+	return c.RequestMsg(ctx, &nats.Msg{Subject: subject, Data: data})
+}
+
+// RequestMsg is Request with headers.
+func (c *Conn) RequestMsg(ctx context.Context, msg *nats.Msg) (*nats.Msg, error) {
+	answer, err := c.nc.RequestMsgWithContext(ctx, msg)
 	if errors.Is(err, nats.ErrNoResponders) {
 		return nil, ErrNoResponders
 	}
-	return msg, err
+	return answer, err
 }
 
-// RequestMany is a request with many answers. It passes each to take until that
-// returns false. Errors as Request.
-func (c *Conn) RequestMany(ctx context.Context, subject string, data []byte, take func(*nats.Msg) bool) error {
+// RequestMany is a request with many answers, of which most may wait at a time. It passes
+// each to take until that returns false. Errors as Request.
+func (c *Conn) RequestMany(ctx context.Context, subject string, data []byte, most int, take func(*nats.Msg) bool) error {
 	inbox := c.nc.NewRespInbox()
-	sub, err := c.nc.SubscribeSync(inbox)
+	answers := make(chan *nats.Msg, most)
+	sub, err := c.nc.ChanSubscribe(inbox, answers) // a sync one has room for 64K
 	if err != nil {
 		return err
 	}
@@ -261,12 +267,16 @@ func (c *Conn) RequestMany(ctx context.Context, subject string, data []byte, tak
 		return err
 	}
 	for {
-		msg, err := sub.NextMsgWithContext(ctx)
-		if errors.Is(err, nats.ErrNoResponders) {
-			return ErrNoResponders
-		}
-		if err != nil || !take(msg) {
-			return err
+		select {
+		case msg := <-answers:
+			if len(msg.Data) == 0 && msg.Header.Get("Status") == "503" {
+				return ErrNoResponders
+			}
+			if !take(msg) {
+				return nil
+			}
+		case <-ctx.Done():
+			return ctx.Err()
 		}
 	}
 }

@@ -111,6 +111,7 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 // connections. If ok, the caller calls leave once, with how the upgrade ended, or
 // with outcomeDone when the connection that came of it has.
 func (g *Gateway) enter(w http.ResponseWriter, r *http.Request, e endpoint) (leave func(outcome), addr string, ok bool) {
+	bus.Yield()
 	client := clientAddr(r, g.cfg.TrustedProxies)
 	if ok, wait := g.admission.allow(client); !ok {
 		g.metrics.upgraded(e, outcomeRateLimited)

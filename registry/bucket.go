@@ -22,8 +22,12 @@ const errCodeNotClustered jetstream.ErrorCode = 10074
 // operationHeader marks a key that ended.
 const operationHeader = "KV-Operation"
 
-// upToHeader tells which revision a replica had when it answered.
-const upToHeader = "Nats-UpTo-Sequence"
+// What a replica says when it has answered: the revision that it had, and how many more
+// there are.
+const (
+	upToHeader    = "Nats-UpTo-Sequence"
+	pendingHeader = "Nats-Num-Pending"
+)
 
 // kv is one KV bucket, as the registry uses it. A read is a hint; only a write that
 // was acknowledged, or errLost, proves anything. Keys are tokens. All methods may be
@@ -50,15 +54,16 @@ type kv interface {
 	// version tells what the bucket holds now from what it holds at any other time. It
 	// may be old as getLeader.
 	version(ctx context.Context) (version, error)
-	// getMany reads at most maxGetMany keys from a replica that has every write up to
-	// revision since: it waits for one. Keys without a record are not in the result,
-	// and neither may others be.
+	// getMany reads at most 1,024 keys, as many as JetStream answers, from a replica that
+	// has every write up to revision since: it waits for one. Keys without a record are
+	// not in the result, and neither may others be.
 	getMany(ctx context.Context, keys []string, since uint64) (map[string]record, error)
 	// keys lists the keys that have a record, of those that ended included, like get.
 	keys(ctx context.Context) ([]string, error)
-	// each calls f for every key that is there, from the leader's point of view when
-	// the scan began.
-	each(ctx context.Context, f func(key string, rec record)) error
+	// each reads a page as get: it calls f for up to pageSize keys that are there, those
+	// with the lowest revisions from from on. next is where the next page begins; 0: that
+	// was all.
+	each(ctx context.Context, from uint64, f func(key string, rec record)) (next uint64, err error)
 }
 
 // bucket is a kv on JetStream.
@@ -167,19 +172,48 @@ func (b *bucket) remove(ctx context.Context, key string, rev uint64) error {
 func (b *bucket) publish(ctx context.Context, msg *nats.Msg, rev uint64, ttl time.Duration) (uint64, error) {
 	ctx, cancel := context.WithTimeout(ctx, kvTimeout)
 	defer cancel()
-	opts := []jetstream.PublishOpt{jetstream.WithExpectLastSequencePerSubject(rev)}
+	msg.Header.Set(jetstream.ExpectedLastSubjSeqHeader, strconv.FormatUint(rev, 10))
 	if ttl > 0 {
-		opts = append(opts, jetstream.WithMsgTTL(ttl))
+		msg.Header.Set(jetstream.MsgTTLHeader, ttl.String())
 	}
-	ack, err := b.conn.JetStream().PublishMsg(ctx, msg, opts...)
-	if err == nil {
-		return ack.Sequence, nil
+	answer, err := b.conn.RequestMsg(ctx, msg)
+	if err != nil {
+		return 0, fmt.Errorf("%w: write to %s: %w", errUnknown, b.name, err)
 	}
-	var api *jetstream.APIError
-	if errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence {
+	newRev, err := parseAck(answer.Data, b.stream())
+	if err != nil {
+		return 0, fmt.Errorf("%w: write to %s", err, b.name)
+	}
+	return newRev, nil
+}
+
+// parseAck reads JetStream's answer to a write: the revision, errLost, or errUnknown.
+// What it looks like usually is read without encoding/json, which takes as long as the rest
+// of the call.
+func parseAck(p []byte, stream string) (uint64, error) {
+	if rest, ok := bytes.CutPrefix(p, []byte(`{"stream":"`+stream+`","seq":`)); ok {
+		digits, ok := bytes.CutSuffix(rest, []byte("}"))
+		rev, err := strconv.ParseUint(string(digits), 10, 64)
+		if ok && err == nil && digits[0] != '0' {
+			return rev, nil
+		}
+	}
+	var ack struct {
+		Sequence uint64              `json:"seq"`
+		Error    *jetstream.APIError `json:"error"`
+	}
+	err := json.Unmarshal(p, &ack)
+	switch {
+	case err != nil:
+		return 0, fmt.Errorf("%w: answer is not JSON", errUnknown)
+	case ack.Error != nil && ack.Error.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence:
 		return 0, errLost
+	case ack.Error != nil:
+		return 0, fmt.Errorf("%w: %w", errUnknown, ack.Error)
+	case ack.Sequence == 0:
+		return 0, fmt.Errorf("%w: answer without a revision", errUnknown)
 	}
-	return 0, fmt.Errorf("%w: write to %s: %w", errUnknown, b.name, err)
+	return ack.Sequence, nil
 }
 
 func (b *bucket) get(ctx context.Context, key string) (record, error) {
@@ -233,7 +267,12 @@ func (b *bucket) getMany(ctx context.Context, keys []string, since uint64) (map[
 		return nil, err
 	}
 	for {
-		found, upTo, err := b.askMany(ctx, ask)
+		found := make(map[string]record)
+		var upTo uint64 // the latest revision that the replica has
+		end, err := b.askMany(ctx, ask, len(keys), func(key string, rec record) { found[key] = rec })
+		if err == nil && len(found) > 0 {
+			upTo, err = strconv.ParseUint(end.Get(upToHeader), 10, 64)
+		}
 		if err == nil && upTo < since && len(found) > 0 {
 			err = errors.New("no replica is up to date")
 			if pause(ctx, retryWait) {
@@ -247,14 +286,14 @@ func (b *bucket) getMany(ctx context.Context, keys []string, since uint64) (map[
 	}
 }
 
-// askMany asks one replica; upTo is the latest revision that it has.
-func (b *bucket) askMany(ctx context.Context, ask []byte) (found map[string]record, upTo uint64, err error) {
-	found = make(map[string]record)
+// askMany asks one replica, and passes what it has, most records or fewer, to f. end is
+// what it says last: nothing if it has nothing.
+func (b *bucket) askMany(ctx context.Context, ask []byte, most int, f func(key string, rec record)) (end nats.Header, err error) {
 	var failure error
-	err = b.conn.RequestMany(ctx, "$JS.API.DIRECT.GET."+b.stream(), ask, func(answer *nats.Msg) bool {
+	err = b.conn.RequestMany(ctx, "$JS.API.DIRECT.GET."+b.stream(), ask, most+1, func(answer *nats.Msg) bool {
 		switch answer.Header.Get("Status") {
 		case "204": // that was all
-			upTo, failure = strconv.ParseUint(answer.Header.Get(upToHeader), 10, 64)
+			end = answer.Header
 			return false
 		case "404": // there is nothing
 			return false
@@ -264,33 +303,32 @@ func (b *bucket) askMany(ctx context.Context, ask []byte) (found map[string]reco
 			failure = err
 			return false
 		}
-		found[key] = rec
+		f(key, rec)
 		return true
 	})
-	return found, upTo, errors.Join(err, failure)
+	return end, errors.Join(err, failure)
 }
 
-func (b *bucket) each(ctx context.Context, f func(key string, rec record)) error {
-	kv, err := b.conn.JetStream().KeyValue(ctx, b.name)
+func (b *bucket) each(ctx context.Context, from uint64, f func(key string, rec record)) (next uint64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, kvTimeout)
+	defer cancel()
+	ask, err := json.Marshal(map[string]any{"seq": max(from, 1), "batch": pageSize, "next_by_subj": b.subject(">")})
 	if err != nil {
-		return err
+		return 0, err
 	}
-	watcher, err := kv.WatchAll(ctx, jetstream.IgnoreDeletes())
-	if err != nil {
-		return err
-	}
-	defer func() { _ = watcher.Stop() }() // fails only when the connection is closed
-	for {
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case e := <-watcher.Updates():
-			if e == nil {
-				return nil
-			}
-			f(e.Key(), record{value: e.Value(), revision: e.Revision(), exists: true})
+	end, err := b.askMany(ctx, ask, pageSize, func(key string, rec record) {
+		next = rec.revision + 1
+		if rec.exists {
+			f(key, rec)
 		}
+	})
+	if err != nil {
+		return 0, fmt.Errorf("%w: read from %s: %w", errUnknown, b.name, err)
 	}
+	if left := end.Get(pendingHeader); left == "" || left == "0" {
+		return 0, nil
+	}
+	return next, nil
 }
 
 func (b *bucket) getLeader(ctx context.Context, key string) (record, error) {

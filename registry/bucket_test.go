@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"reflect"
 	"slices"
 	"strings"
@@ -281,6 +282,100 @@ func TestWriteErrors_AreLostOrUnknown(t *testing.T) {
 }
 
 func second[T any](_ T, err error) error { return err }
+
+func TestBucket_Each_GoesThroughTheBucketInPages(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		b, ctx := n.presence, t.Context()
+		const keys = 2*pageSize + 20
+		revisions := make(map[string]uint64)
+		for i := range keys {
+			key := fmt.Sprint("k", i)
+			err := writeUntil(t, func() (err error) { revisions[key], err = b.put(ctx, key, []byte(key), 0, 0); return err })
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := writeUntil(t, func() error { return b.remove(ctx, "k0", revisions["k0"]) }); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, 10*time.Second, "all that is there, once, and no more than a page at a time", func() bool { // a replica may lag
+			got := make(map[string]uint64)
+			for from, more := uint64(0), true; more; {
+				before := len(got)
+				next, err := b.each(ctx, from, func(key string, rec record) {
+					if string(rec.value) != key || rec.revision < from || got[key] != 0 {
+						t.Errorf("%s: got %+v from %d on, after %d", key, rec, from, got[key])
+					}
+					got[key] = rec.revision
+				})
+				if err != nil || len(got)-before > pageSize || next != 0 && next <= from {
+					t.Fatalf("a page of %d from %d to %d: %v", len(got)-before, from, next, err)
+				}
+				from, more = next, next != 0
+			}
+			delete(revisions, "k0")
+			return maps.Equal(got, revisions)
+		})
+	})
+}
+
+func TestBucket_Each_NothingThere(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		next, err := s.node().presence.each(t.Context(), 0, func(key string, _ record) { t.Errorf("got %s", key) })
+		if next != 0 || err != nil {
+			t.Errorf("got %d, %v", next, err)
+		}
+	})
+}
+
+func TestParseAck(t *testing.T) {
+	for name, c := range map[string]struct {
+		answer string
+		want   uint64
+		err    error
+	}{
+		"written":          {`{"stream":"KV_b","seq":1795854565455645582}`, 1795854565455645582, nil},
+		"in a domain":      {`{"stream":"KV_b","domain":"hub","seq":7}`, 7, nil},
+		"written before":   {`{"stream":"KV_b","seq":7,"duplicate":true}`, 7, nil},
+		"lost":             {`{"error":{"code":400,"err_code":10071,"description":"wrong last sequence: 5"},"stream":"KV_b","seq":0}`, 0, errLost},
+		"maybe lost":       {`{"error":{"code":400,"err_code":10164,"description":"wrong last sequence"},"stream":"KV_b","seq":0}`, 0, errUnknown},
+		"no leader":        {`{"error":{"code":503,"err_code":10008}}`, 0, errUnknown},
+		"no revision":      {`{"stream":"KV_b","seq":0}`, 0, errUnknown},
+		"another stream":   {`{"stream":"KV_c","seq":7}`, 7, nil},
+		"too large":        {`{"stream":"KV_b","seq":18446744073709551616}`, 0, errUnknown},
+		"cut off":          {`{"stream":"KV_b","seq":179`, 0, errUnknown},
+		"cut off at once":  {`{"stream":"KV_b","seq":`, 0, errUnknown},
+		"with a leading 0": {`{"stream":"KV_b","seq":07}`, 0, errUnknown},
+		"nothing":          {``, 0, errUnknown},
+	} {
+		got, err := parseAck([]byte(c.answer), "KV_b")
+		wantErr(t, name, err, c.err)
+		if got != c.want {
+			t.Errorf("%s: got %d, want %d", name, got, c.want)
+		}
+	}
+}
+
+// What is read without encoding/json is what encoding/json reads.
+func FuzzParseAck(f *testing.F) {
+	for _, seed := range []string{
+		`{"stream":"KV_b","seq":7}`, `{"stream":"KV_b","seq":7,"duplicate":true}`, `{"stream":"KV_b","seq":0}`, `{"stream":"KV_b","seq":07}`,
+		`{"stream":"KV_b","seq":7}}`, `{"stream":"KV_b","seq":7`, `{"error":{"err_code":10071}}`, `{}`, ``,
+	} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, p []byte) {
+		got, err := parseAck(p, "KV_b")
+		theirs, theirErr := parseAck(p, "none") // never takes the short way
+		if got != theirs || (err == nil) != (theirErr == nil) || errors.Is(err, errLost) != errors.Is(theirErr, errLost) {
+			t.Errorf("%q: got %d, %v; encoding/json: %d, %v", p, got, err, theirs, theirErr)
+		}
+		if (err == nil) != (got != 0) || err != nil && !errors.Is(err, errLost) && !errors.Is(err, errUnknown) {
+			t.Errorf("%q: got %d, %v", p, got, err)
+		}
+	})
+}
 
 func TestParseStored(t *testing.T) {
 	for name, c := range map[string]struct {

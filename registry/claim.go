@@ -51,20 +51,26 @@ func (r *Registry) claim(h *holding) error {
 	defer cancel()
 	var before entry // what the write goes over, at revision rev
 	var rev uint64
+	looked := false
 	if _, here := r.ownEntry(h.serverID); here { // the KV should have it, too
 		var err error
 		if before, rev, err = r.replaceable(ctx, h); err != nil {
 			return err
 		}
+	} else if r.lookFirst.Load() {
+		before, rev, looked = r.left(ctx, h)
+		r.lookFirst.Store(looked)
 	}
 	for try := 0; ; try++ {
 		newRev, err := r.take(ctx, h, before, rev)
+		bus.Yield()
 		if err == nil {
 			return r.claimed(h, before, newRev)
 		}
 		h.unsure = h.unsure || !errors.Is(err, errLost)
-		if try == 0 {
+		if try == 0 && !looked {
 			if found, at, ok := r.left(ctx, h); ok {
+				r.lookFirst.Store(true)
 				before, rev = found, at
 				continue
 			}
@@ -105,6 +111,7 @@ func (r *Registry) replaceable(ctx context.Context, h *holding) (entry, uint64, 
 	start := time.Now()
 	for wait := retryWait; ; wait = min(2*wait, retryWaitMax) {
 		there, err := r.presence.getLeader(ctx, h.key())
+		bus.Yield()
 		if err == nil {
 			found, ok := entryOf(there)
 			if !ok { // it may have lost what this node holds: the next sweep writes it again
@@ -129,6 +136,7 @@ func (r *Registry) replaceable(ctx context.Context, h *holding) (entry, uint64, 
 // between, and a gateway that dies has its binaries claim by the thousand.
 func (r *Registry) left(ctx context.Context, h *holding) (found entry, rev uint64, ok bool) {
 	there, err := r.presence.get(ctx, h.key())
+	bus.Yield()
 	if err != nil {
 		return entry{}, 0, false
 	}
@@ -136,8 +144,10 @@ func (r *Registry) left(ctx context.Context, h *holding) (found entry, rev uint6
 	if !ok || found.Session == h.session || found.Node == r.bus.Node() {
 		return entry{}, 0, false
 	}
-	ok = found.State == stateGrace || r.askNode(ctx, found.Node) == nodeDead
-	return found, there.revision, ok
+	if found.State != stateGrace && r.askNode(ctx, found.Node) != nodeDead {
+		return entry{}, 0, false
+	}
+	return found, there.revision, true
 }
 
 // ownEntry is what the KV should say of serverID if this node has its binary.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -138,6 +139,38 @@ func TestHolderNodeDead_ClaimTakesLessThanASecond(t *testing.T) {
 				t.Errorf("claim %s took %s, want between %s and 1 s", id, d, deadCheckWait)
 			}
 			s.wantHolder(b)
+		}
+	})
+}
+
+// After a node's death everybody finds an entry in its way: whoever looks first saves a write.
+func TestClaim_LooksFirstAfterOneThatHadBetter(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		n := s.node()
+		n.cancel() // its own sweeps; its lease is fresh for as long as this takes
+		n.tasks.Wait()
+		kv := &countingKV{kv: n.presence}
+		n.presence = kv
+		for i := range 3 {
+			s.write(fmt.Sprint("id", i), entry{Node: "gone-00000000", Session: bus.NewSessionID(), State: stateHeld}.encode())
+		}
+		for _, c := range []struct {
+			id     string
+			writes int32
+		}{{"new0", 1}, {"id0", 2}, {"id1", 1}, {"id2", 1}, {"new1", 1}, {"new2", 1}, {"new3", 1}} {
+			eventually(t, 10*time.Second, "an entry that the replicas have", func() bool {
+				rec, err := kv.get(t.Context(), bus.EncodeToken(c.id))
+				return err == nil && rec.exists == strings.HasPrefix(c.id, "id")
+			})
+			before := kv.writes.Load()
+			b := n.mustClaim(c.id, WithoutProbe())
+			if got := kv.writes.Load() - before; got != c.writes {
+				t.Errorf("claim %s: %d writes, want %d", c.id, got, c.writes)
+			}
+			s.wantHolder(b)
+		}
+		if n.lookFirst.Load() {
+			t.Error("looks first although nothing was in the way of the latest claim")
 		}
 	})
 }

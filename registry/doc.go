@@ -102,10 +102,15 @@
 // began. While the bucket is what it was when everything agreed (version), it compares
 // only what is not written yet or was never compared, and everything once in ten minutes.
 //
+// A sweep reads in pages of 100 keys. What dead nodes hold is found by going through the
+// bucket in pages, by revision, over as many sweeps as that takes: what is written meanwhile
+// comes later in that order. Replicas may lag, so half a minute later it is done once more.
+//
 // A claim that finds an entry in its way looks first whether nobody is behind that any
-// more, by any replica: the write that follows expects the revision it saw. For everything
-// else it asks the leader. Claims that come before the question whether a node is dead
-// has begun share it.
+// more, by any replica: the write that follows expects the revision it saw. While that is
+// so, claims look before they write. For everything else they ask the leader. Claims that
+// come before the question whether a node is dead has begun share it. Between two steps a
+// claim yields to whatever else can run (bus.Yield).
 //
 // # Goroutines
 //

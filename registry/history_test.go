@@ -506,12 +506,16 @@ func (run *historyRun) agrees() bool {
 	}
 	named := make(map[string]bus.SessionID)
 	agree := true
-	err := run.nodes[0].presence.each(run.t.Context(), func(key string, rec record) {
-		e, ok := entryOf(rec)
-		n := alive[e.Node]
-		agree = agree && ok && n != nil && n.holdingOf(e.Session) != nil
-		named[key] = e.Session
-	})
+	var from uint64
+	var err error
+	for more := true; more && err == nil; more = from != 0 {
+		from, err = run.nodes[0].presence.each(run.t.Context(), from, func(key string, rec record) {
+			e, ok := entryOf(rec)
+			n := alive[e.Node]
+			agree = agree && ok && n != nil && n.holdingOf(e.Session) != nil
+			named[key] = e.Session
+		})
+	}
 	for _, n := range run.nodes {
 		n.mu.Lock()
 		for _, h := range n.current {

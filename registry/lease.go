@@ -251,6 +251,7 @@ func (r *Registry) askNode(ctx context.Context, node bus.NodeID) nodeState {
 		}
 		select {
 		case <-a.done:
+			bus.Yield()
 		case <-ctx.Done():
 			return nodeUnknown
 		}

@@ -230,6 +230,41 @@ func TestDeadNode_ItsEntriesBecomeGraceAndVanish(t *testing.T) {
 	})
 }
 
+// What dead nodes hold is looked for in pages, and a scan goes on where one left off.
+func TestReap_GoesOnWhereItLeftOff(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *scene) {
+		s.cfg.LeaseTTL = 10 * time.Second
+		n := s.node()
+		held := n.mustClaim("alive")
+		eventually(t, 2*s.cfg.LeaseTTL, "a lease unbroken for a whole TTL", func() bool { return n.unbrokenFor() > s.cfg.LeaseTTL })
+		n.cancel() // its own sweeps; the lease is fresh for as long as this takes
+		n.tasks.Wait()
+		const entries = 2 * pageSize
+		for i := range entries {
+			s.write(fmt.Sprint("id", i), entry{Node: "gone-00000000", Session: bus.NewSessionID(), State: stateHeld}.encode())
+		}
+		ctx, sc, alive := t.Context(), new(scan), map[bus.NodeID]nodeEntry{n.id: {}}
+		next, err := n.reapPage(ctx, sc, alive, make(map[bus.NodeID]bool))
+		if next == 0 || sc.left || err != nil {
+			t.Fatalf("first page: to %d, left %v, %v", next, sc.left, err)
+		}
+		sc.from = next
+		over, cancel := context.WithCancel(ctx)
+		cancel()
+		if n.reap(over, sc, alive) || sc.from != next {
+			t.Errorf("reap without time: done, or now at %d, want %d", sc.from, next)
+		}
+		eventually(t, 10*time.Second, "the rest", func() bool { return n.reap(ctx, sc, alive) && sc.from == 0 })
+		for i := range entries {
+			id := fmt.Sprint("id", i)
+			if e, ok := s.entry(id); ok && e.State != stateGrace {
+				t.Errorf("%s: got %+v", id, e)
+			}
+		}
+		s.wantHolder(held)
+	})
+}
+
 // A living node whose lease an operator deletes is not dead.
 func TestLeaseDeletedByHand_EntriesAreNotReaped(t *testing.T) {
 	onBoth(t, func(t *testing.T, s *scene) {
@@ -246,7 +281,7 @@ func TestLeaseDeletedByHand_EntriesAreNotReaped(t *testing.T) {
 		if err := kv.Delete(t.Context(), string(ns[1].id)); err != nil {
 			t.Fatal(err)
 		}
-		if ns[0].reap(t.Context(), nil) {
+		if ns[0].reap(t.Context(), new(scan), nil) {
 			t.Error("reap: done, want that it looks again")
 		}
 		s.wantHolder(b)

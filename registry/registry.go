@@ -39,6 +39,9 @@ type Registry struct {
 	cancel   context.CancelFunc
 
 	graceExpiries atomic.Uint64
+	// A claim had better look before it writes: the latest one found an entry in its way that
+	// nobody is behind, and after a node's death all do.
+	lookFirst atomic.Bool
 
 	// Guarded by mu, which is never held across a call of bus, a connection or the
 	// KV. Lock order: mu comes last.
@@ -53,10 +56,12 @@ type Registry struct {
 	stopped               bool // nothing is spawned any more
 
 	// Owned by sweepLoop.
-	known   map[bus.NodeID]nodeEntry // nodes that had a lease at the latest sweep
-	sweeps  uint64                   // so far
-	settled version                  // of the presence bucket when it agreed with all holdings; zero: that is not known
-	reapDue int                      // for how many sweeps entries of dead nodes may be in the KV; 0: there are none
+	known     map[bus.NodeID]nodeEntry // nodes that had a lease at the latest sweep
+	sweeps    uint64                   // so far
+	settled   version                  // of the presence bucket when it agreed with all holdings; zero: that is not known
+	reapDue   int                      // for how many sweeps entries of dead nodes may be in the KV; 0: there are none
+	reapAgain time.Time                // when to look for them once more; zero: not
+	reaping   scan
 }
 
 // orphan is an entry to remove: a claim whose outcome was unknown, or a grace

@@ -80,8 +80,9 @@ func (r *Registry) sweep(ctx context.Context) bool {
 	defer giveUp()
 	var unknown atomic.Int32
 	differ := false
-	for chunk := range slices.Chunk(holdings, maxGetMany) {
+	for chunk := range slices.Chunk(holdings, pageSize) {
 		if err == nil {
+			pause(ctx, pageWait)
 			chunk = r.differing(answering, chunk, now.last)
 		}
 		differ = differ || len(chunk) > 0

@@ -144,10 +144,15 @@ func (s *scene) purge(key string) {
 	}
 }
 
-// countingKV counts the reads of entries.
+// countingKV counts the reads of entries in sweeps, and the writes.
 type countingKV struct {
 	kv
-	reads atomic.Int32
+	reads, writes atomic.Int32
+}
+
+func (c *countingKV) put(ctx context.Context, key string, value []byte, rev uint64, ttl time.Duration) (uint64, error) {
+	c.writes.Add(1)
+	return c.kv.put(ctx, key, value, rev, ttl)
 }
 
 func (c *countingKV) getMany(ctx context.Context, keys []string, since uint64) (map[string]record, error) {

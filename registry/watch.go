@@ -100,15 +100,19 @@ func (r *Registry) lookAtNodes(ctx context.Context) {
 	}
 	for n := range r.known {
 		if _, ok := alive[n]; !ok {
-			r.reapDue = max(r.reapDue, 1)
+			r.reapDue, r.reapAgain = max(r.reapDue, 1), time.Now().Add(reapAgain)
+			r.reaping.left = r.reaping.left || r.reaping.from > 0 // what has been passed over may be its
 		}
+	}
+	if !r.reapAgain.IsZero() && time.Now().After(r.reapAgain) {
+		r.reapDue, r.reapAgain = max(r.reapDue, 1), time.Time{}
 	}
 	r.known = alive
 	switch {
 	case r.reapDue == 0 || r.unbrokenFor() < r.cfg.LeaseTTL:
 	case first != me && r.reapDue == 1:
 		r.reapDue = 2 // the first one is about to do it, unless it cannot
-	case r.reap(ctx, alive):
+	case r.reap(ctx, &r.reaping, alive):
 		r.reapDue = 0
 	}
 }
@@ -143,33 +147,58 @@ func (r *Registry) leases(ctx context.Context) (map[bus.NodeID]nodeEntry, error)
 	return alive, nil
 }
 
+// scan is how far reap has come in the bucket.
+type scan struct {
+	from uint64 // revision; 0: it has not begun
+	left bool   // some entries were passed over that may be of dead nodes
+}
+
 // reap turns the entries that dead nodes hold into grace, so that they end. Of
 // several nodes that try, the KV lets one succeed. It returns false if some may be
-// left: of nodes that could not be proven dead, or because a write failed.
-func (r *Registry) reap(ctx context.Context, alive map[bus.NodeID]nodeEntry) (done bool) {
+// left: of nodes that could not be proven dead, because a write failed, or because
+// it has not come to the end in this sweep.
+func (r *Registry) reap(ctx context.Context, s *scan, alive map[bus.NodeID]nodeEntry) (done bool) {
 	dead := make(map[bus.NodeID]bool)
+	for start := time.Now(); ; {
+		next, err := r.reapPage(ctx, s, alive, dead)
+		if err != nil {
+			return false
+		}
+		s.from = next
+		if next == 0 {
+			break
+		}
+		if time.Since(start) > reapTime || !pause(ctx, pageWait) {
+			return false
+		}
+	}
+	done = !s.left
+	s.left = false
+	return done
+}
+
+// reapPage does that for the entries from revision s.from on. dead has the nodes that
+// were asked for in this sweep.
+func (r *Registry) reapPage(ctx context.Context, s *scan, alive map[bus.NodeID]nodeEntry, dead map[bus.NodeID]bool) (next uint64, err error) {
 	type left struct {
 		key string
 		rev uint64
 		entry
 	}
 	var entries []left
-	err := r.presence.each(ctx, func(key string, rec record) {
+	next, err = r.presence.each(ctx, s.from, func(key string, rec record) {
 		e, ok := entryOf(rec)
-		if !ok || e.State != stateHeld {
-			return
+		if _, has := alive[e.Node]; ok && !has && e.State == stateHeld {
+			entries = append(entries, left{key, rec.revision, e})
 		}
-		if _, ok := alive[e.Node]; ok {
-			return
-		}
-		entries = append(entries, left{key, rec.revision, e})
-		dead[e.Node] = false
 	})
 	if err != nil {
-		return false
+		return 0, err
 	}
-	for n := range dead {
-		dead[n] = r.leaseGone(ctx, n) && r.bus.Hello(ctx, n) != nil // a lease may be deleted by hand
+	for _, l := range entries {
+		if _, asked := dead[l.Node]; !asked {
+			dead[l.Node] = r.leaseGone(ctx, l.Node) && r.bus.Hello(ctx, l.Node) != nil // a lease may be deleted by hand
+		}
 	}
 	var failed atomic.Bool
 	eachOf(entries, sweepWorkers, func(l left) {
@@ -184,5 +213,6 @@ func (r *Registry) reap(ctx context.Context, alive map[bus.NodeID]nodeEntry) (do
 		}
 		r.log.Info("server_orphaned", "node", string(l.Node))
 	})
-	return !failed.Load()
+	s.left = s.left || failed.Load()
+	return next, nil
 }

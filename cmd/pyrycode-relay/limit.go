@@ -2,9 +2,10 @@ package main
 
 import (
 	"net"
-	"runtime"
 	"sync"
 	"sync/atomic"
+
+	"github.com/pyrycode/pyrycode-relay/bus"
 )
 
 // limitListeners makes ports share a bound on open connections, WebSockets and
@@ -30,7 +31,7 @@ type limitedListener struct {
 func (l *limitedListener) Accept() (net.Conn, error) {
 	// Whoever is connected has its turn between two new ones: 10,000 that come back at
 	// once after a gateway's death are a queue in the kernel, not in front of every frame.
-	runtime.Gosched()
+	bus.Yield()
 	select {
 	case l.slots <- struct{}{}:
 	case <-l.closed:

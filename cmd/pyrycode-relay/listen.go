@@ -115,7 +115,10 @@ func (l *listeners) addTLS(cfg config, config *tls.Config, handler http.Handler)
 }
 
 func (l *listeners) add(name, addr string, handler http.Handler) error {
-	port, err := net.Listen("tcp", addr)
+	// Heartbeats and the limits above find a dead peer; TCP's keep-alive is four more system
+	// calls for each connection.
+	listen := net.ListenConfig{KeepAlive: -1}
+	port, err := listen.Listen(context.Background(), "tcp", addr)
 	if err != nil {
 		return withoutAddress(err)
 	}

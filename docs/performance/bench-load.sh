@@ -170,7 +170,7 @@ for section in "${sections[@]}"; do
       taskset -c 0 "$out/load" storm -binary ws://127.0.0.1:17106,ws://127.0.0.1:17105 -phone ws://127.0.0.1:17106 -n 19800 -sample 0 \
         -limit 120s -settle 40s >"$out/redial.log" &
       storm=$!
-      for _ in $(seq 120); do [[ $(held 17105) -ge 9900 && $(held 17106) -ge 9900 ]] && break; sleep 0.5; done
+      for _ in $(seq 120); do [[ $(($(held 17105) + $(held 17106))) -ge 19800 ]] && break; sleep 0.5; done
       taskset -c 0 "$out/load" rtt -binary ws://127.0.0.1:17105 -phone ws://127.0.0.1:17105 -pairs 20 -rate 20 -for 20s >"$out/others.log" &
       others=$!
       sleep 3
