@@ -22,12 +22,8 @@ const errCodeNotClustered jetstream.ErrorCode = 10074
 // operationHeader marks a key that ended.
 const operationHeader = "KV-Operation"
 
-// What a replica says when it has answered: the revision that it had, and how many more
-// there are.
-const (
-	upToHeader    = "Nats-UpTo-Sequence"
-	pendingHeader = "Nats-Num-Pending"
-)
+// upToHeader tells which revision a replica had when it answered.
+const upToHeader = "Nats-UpTo-Sequence"
 
 // kv is one KV bucket, as the registry uses it. A read is a hint; only a write that
 // was acknowledged, or errLost, proves anything. Keys are tokens. All methods may be
@@ -60,10 +56,6 @@ type kv interface {
 	getMany(ctx context.Context, keys []string, since uint64) (map[string]record, error)
 	// keys lists the keys that have a record, of those that ended included, like get.
 	keys(ctx context.Context) ([]string, error)
-	// each reads a page as get: it calls f for up to pageSize keys that are there, those
-	// with the lowest revisions from from on. next is where the next page begins; 0: that
-	// was all.
-	each(ctx context.Context, from uint64, f func(key string, rec record)) (next uint64, err error)
 }
 
 // bucket is a kv on JetStream.
@@ -267,12 +259,7 @@ func (b *bucket) getMany(ctx context.Context, keys []string, since uint64) (map[
 		return nil, err
 	}
 	for {
-		found := make(map[string]record)
-		var upTo uint64 // the latest revision that the replica has
-		end, err := b.askMany(ctx, ask, len(keys), func(key string, rec record) { found[key] = rec })
-		if err == nil && len(found) > 0 {
-			upTo, err = strconv.ParseUint(end.Get(upToHeader), 10, 64)
-		}
+		found, upTo, err := b.askMany(ctx, ask, len(keys))
 		if err == nil && upTo < since && len(found) > 0 {
 			err = errors.New("no replica is up to date")
 			if pause(ctx, retryWait) {
@@ -286,14 +273,15 @@ func (b *bucket) getMany(ctx context.Context, keys []string, since uint64) (map[
 	}
 }
 
-// askMany asks one replica, and passes what it has, most records or fewer, to f. end is
-// what it says last: nothing if it has nothing.
-func (b *bucket) askMany(ctx context.Context, ask []byte, most int, f func(key string, rec record)) (end nats.Header, err error) {
+// askMany asks one replica for most records or fewer; upTo is the latest revision that it
+// has.
+func (b *bucket) askMany(ctx context.Context, ask []byte, most int) (found map[string]record, upTo uint64, err error) {
+	found = make(map[string]record, most)
 	var failure error
 	err = b.conn.RequestMany(ctx, "$JS.API.DIRECT.GET."+b.stream(), ask, most+1, func(answer *nats.Msg) bool {
 		switch answer.Header.Get("Status") {
 		case "204": // that was all
-			end = answer.Header
+			upTo, failure = strconv.ParseUint(answer.Header.Get(upToHeader), 10, 64)
 			return false
 		case "404": // there is nothing
 			return false
@@ -303,32 +291,10 @@ func (b *bucket) askMany(ctx context.Context, ask []byte, most int, f func(key s
 			failure = err
 			return false
 		}
-		f(key, rec)
+		found[key] = rec
 		return true
 	})
-	return end, errors.Join(err, failure)
-}
-
-func (b *bucket) each(ctx context.Context, from uint64, f func(key string, rec record)) (next uint64, err error) {
-	ctx, cancel := context.WithTimeout(ctx, kvTimeout)
-	defer cancel()
-	ask, err := json.Marshal(map[string]any{"seq": max(from, 1), "batch": pageSize, "next_by_subj": b.subject(">")})
-	if err != nil {
-		return 0, err
-	}
-	end, err := b.askMany(ctx, ask, pageSize, func(key string, rec record) {
-		next = rec.revision + 1
-		if rec.exists {
-			f(key, rec)
-		}
-	})
-	if err != nil {
-		return 0, fmt.Errorf("%w: read from %s: %w", errUnknown, b.name, err)
-	}
-	if left := end.Get(pendingHeader); left == "" || left == "0" {
-		return 0, nil
-	}
-	return next, nil
+	return found, upTo, errors.Join(err, failure)
 }
 
 func (b *bucket) getLeader(ctx context.Context, key string) (record, error) {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"reflect"
 	"slices"
 	"strings"
@@ -282,52 +281,6 @@ func TestWriteErrors_AreLostOrUnknown(t *testing.T) {
 }
 
 func second[T any](_ T, err error) error { return err }
-
-func TestBucket_Each_GoesThroughTheBucketInPages(t *testing.T) {
-	onBoth(t, func(t *testing.T, s *scene) {
-		n := s.node()
-		b, ctx := n.presence, t.Context()
-		const keys = 2*pageSize + 20
-		revisions := make(map[string]uint64)
-		for i := range keys {
-			key := fmt.Sprint("k", i)
-			err := writeUntil(t, func() (err error) { revisions[key], err = b.put(ctx, key, []byte(key), 0, 0); return err })
-			if err != nil {
-				t.Fatal(err)
-			}
-		}
-		if err := writeUntil(t, func() error { return b.remove(ctx, "k0", revisions["k0"]) }); err != nil {
-			t.Fatal(err)
-		}
-		eventually(t, 10*time.Second, "all that is there, once, and no more than a page at a time", func() bool { // a replica may lag
-			got := make(map[string]uint64)
-			for from, more := uint64(0), true; more; {
-				before := len(got)
-				next, err := b.each(ctx, from, func(key string, rec record) {
-					if string(rec.value) != key || rec.revision < from || got[key] != 0 {
-						t.Errorf("%s: got %+v from %d on, after %d", key, rec, from, got[key])
-					}
-					got[key] = rec.revision
-				})
-				if err != nil || len(got)-before > pageSize || next != 0 && next <= from {
-					t.Fatalf("a page of %d from %d to %d: %v", len(got)-before, from, next, err)
-				}
-				from, more = next, next != 0
-			}
-			delete(revisions, "k0")
-			return maps.Equal(got, revisions)
-		})
-	})
-}
-
-func TestBucket_Each_NothingThere(t *testing.T) {
-	onBoth(t, func(t *testing.T, s *scene) {
-		next, err := s.node().presence.each(t.Context(), 0, func(key string, _ record) { t.Errorf("got %s", key) })
-		if next != 0 || err != nil {
-			t.Errorf("got %d, %v", next, err)
-		}
-	})
-}
 
 func TestParseAck(t *testing.T) {
 	for name, c := range map[string]struct {

@@ -58,8 +58,10 @@ func (r *Registry) claim(h *holding) error {
 			return err
 		}
 	} else if r.lookFirst.Load() {
-		before, rev, looked = r.left(ctx, h)
-		r.lookFirst.Store(looked)
+		var ok bool
+		before, rev, ok = r.left(ctx, h)
+		r.lookFirst.Store(ok)
+		looked = true
 	}
 	for try := 0; ; try++ {
 		newRev, err := r.take(ctx, h, before, rev)

@@ -106,13 +106,14 @@ const (
 	// checkTries is how often a check tries again when the entry changes under it.
 	checkTries = 5
 	// pageSize is how many keys a sweep reads at once, and pageWait lies between two reads:
-	// they are not to stand in front of every frame.
+	// they are not to stand in front of every frame. Where each takes farRead, as between
+	// regions, it is farPage: JetStream answers at most 1,024.
 	pageSize = 100
 	pageWait = time.Millisecond
+	farRead  = 50 * time.Millisecond
+	farPage  = 1000
 	// reapTime is how long a sweep looks for entries of dead nodes; the next one goes on.
 	reapTime = 2 * time.Second
-	// reapAgain is when they are looked for once more: a replica may have lagged.
-	reapAgain = 30 * time.Second
 	// orphanFor is how long an entry that may have been left is looked for: a write
 	// that timed out may be committed once a new leader is there.
 	orphanFor = 30 * time.Second

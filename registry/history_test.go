@@ -506,15 +506,19 @@ func (run *historyRun) agrees() bool {
 	}
 	named := make(map[string]bus.SessionID)
 	agree := true
-	var from uint64
-	var err error
-	for more := true; more && err == nil; more = from != 0 {
-		from, err = run.nodes[0].presence.each(run.t.Context(), from, func(key string, rec record) {
-			e, ok := entryOf(rec)
-			n := alive[e.Node]
-			agree = agree && ok && n != nil && n.holdingOf(e.Session) != nil
-			named[key] = e.Session
-		})
+	kv := run.nodes[0].presence
+	now, versionErr := kv.version(run.t.Context())
+	keys, keysErr := kv.keys(run.t.Context())
+	found, err := kv.getMany(run.t.Context(), keys, now.last)
+	err = errors.Join(err, versionErr, keysErr)
+	for key, rec := range found {
+		if !rec.exists {
+			continue
+		}
+		e, ok := entryOf(rec)
+		n := alive[e.Node]
+		agree = agree && ok && n != nil && n.holdingOf(e.Session) != nil
+		named[key] = e.Session
 	}
 	for _, n := range run.nodes {
 		n.mu.Lock()

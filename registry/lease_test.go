@@ -233,33 +233,40 @@ func TestDeadNode_ItsEntriesBecomeGraceAndVanish(t *testing.T) {
 // What dead nodes hold is looked for in pages, and a scan goes on where one left off.
 func TestReap_GoesOnWhereItLeftOff(t *testing.T) {
 	onBoth(t, func(t *testing.T, s *scene) {
-		s.cfg.LeaseTTL = 10 * time.Second
+		s.cfg.LeaseTTL = 5 * time.Second
 		n := s.node()
 		held := n.mustClaim("alive")
 		eventually(t, 2*s.cfg.LeaseTTL, "a lease unbroken for a whole TTL", func() bool { return n.unbrokenFor() > s.cfg.LeaseTTL })
-		n.cancel() // its own sweeps; the lease is fresh for as long as this takes
-		n.tasks.Wait()
-		const entries = 2 * pageSize
+		const entries = 2*pageSize + 1
 		for i := range entries {
 			s.write(fmt.Sprint("id", i), entry{Node: "gone-00000000", Session: bus.NewSessionID(), State: stateHeld}.encode())
 		}
-		ctx, sc, alive := t.Context(), new(scan), map[bus.NodeID]nodeEntry{n.id: {}}
-		next, err := n.reapPage(ctx, sc, alive, make(map[bus.NodeID]bool))
-		if next == 0 || sc.left || err != nil {
-			t.Fatalf("first page: to %d, left %v, %v", next, sc.left, err)
+		now, err := n.presence.version(t.Context())
+		if err != nil {
+			t.Fatal(err)
 		}
-		sc.from = next
+		// As if the time of a sweep had been over after the first reads.
+		ctx, sc, alive := t.Context(), new(scan), map[bus.NodeID]nodeEntry{n.id: {}}
+		if sc.keys, err = n.presence.keys(ctx); err != nil {
+			t.Fatal(err)
+		}
+		sc.keys = sc.keys[pageSize:]
+		rest := slices.Clone(sc.keys)
 		over, cancel := context.WithCancel(ctx)
 		cancel()
-		if n.reap(over, sc, alive) || sc.from != next {
-			t.Errorf("reap without time: done, or now at %d, want %d", sc.from, next)
+		if n.reap(over, sc, alive, now.last) || len(sc.keys) != len(rest) {
+			t.Errorf("reap without time: done, or %d keys to go, want %d", len(sc.keys), len(rest))
 		}
-		eventually(t, 10*time.Second, "the rest", func() bool { return n.reap(ctx, sc, alive) && sc.from == 0 })
-		for i := range entries {
-			id := fmt.Sprint("id", i)
-			if e, ok := s.entry(id); ok && e.State != stateGrace {
-				t.Errorf("%s: got %+v", id, e)
+		eventually(t, 10*time.Second, "the rest", func() bool { return n.reap(ctx, sc, alive, now.last) && len(sc.keys) == 0 })
+		for _, key := range rest {
+			id, err := bus.DecodeToken(key)
+			if e, ok := s.entry(id); err != nil || ok && id != "alive" && e.State != stateGrace {
+				t.Fatalf("%s: got %+v, %v", key, e, err)
 			}
+		}
+		sc.keys, sc.left = rest[:1], true
+		if n.reap(ctx, sc, alive, now.last) {
+			t.Error("reap: done, although a node died after some keys had been looked at")
 		}
 		s.wantHolder(held)
 	})
@@ -281,7 +288,7 @@ func TestLeaseDeletedByHand_EntriesAreNotReaped(t *testing.T) {
 		if err := kv.Delete(t.Context(), string(ns[1].id)); err != nil {
 			t.Fatal(err)
 		}
-		if ns[0].reap(t.Context(), new(scan), nil) {
+		if ns[0].reap(t.Context(), new(scan), nil, 0) {
 			t.Error("reap: done, want that it looks again")
 		}
 		s.wantHolder(b)

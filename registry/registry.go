@@ -56,12 +56,11 @@ type Registry struct {
 	stopped               bool // nothing is spawned any more
 
 	// Owned by sweepLoop.
-	known     map[bus.NodeID]nodeEntry // nodes that had a lease at the latest sweep
-	sweeps    uint64                   // so far
-	settled   version                  // of the presence bucket when it agreed with all holdings; zero: that is not known
-	reapDue   int                      // for how many sweeps entries of dead nodes may be in the KV; 0: there are none
-	reapAgain time.Time                // when to look for them once more; zero: not
-	reaping   scan
+	known   map[bus.NodeID]nodeEntry // nodes that had a lease at the latest sweep
+	sweeps  uint64                   // so far
+	settled version                  // of the presence bucket when it agreed with all holdings; zero: that is not known
+	reapAt  time.Time                // when entries of dead nodes are to be looked for; zero: there are none
+	reaping scan
 }
 
 // orphan is an entry to remove: a claim whose outcome was unknown, or a grace
@@ -96,7 +95,7 @@ func newOver(b *bus.Bus, cfg Config, log *slog.Logger, nodes, presence kv) *Regi
 		phones:     make(map[string]map[string]*phone),
 		nextAsking: make(map[bus.NodeID]*asking), nowAsking: make(map[bus.NodeID]*asking),
 		orphans: make(map[bus.SessionID]orphan),
-		reapDue: 1, // whoever ran here before may have left entries
+		reapAt:  time.Now(), // whoever ran here before may have left entries
 	}
 }
 
@@ -173,7 +172,10 @@ func (r *Registry) dropLease(ctx context.Context) {
 	}
 	key := string(r.bus.Node())
 	err := r.nodes.remove(ctx, key, rev)
-	if errors.Is(err, errLost) { // to a renewal that Stop has cut short
+	for errors.Is(err, errUnknown) && pause(ctx, retryWait) { // the bucket may have no leader for a moment
+		err = r.nodes.remove(ctx, key, rev)
+	}
+	if errors.Is(err, errLost) { // to a renewal that Stop has cut short, or to the first try
 		var there record
 		if there, err = r.nodes.getLeader(ctx, key); err == nil && there.exists {
 			err = r.nodes.remove(ctx, key, there.revision)

@@ -277,7 +277,7 @@ func (w *simWorld) checkToldLocked(p *simPhone, session bus.SessionID, err error
 // calm waits until all is as it should be, or with long as long as that may take: then
 // nothing may change any more.
 func (w *simWorld) calm(long bool) {
-	most := 2*simConfig.LeaseTTL + reapAgain + 3*sweepEvery + simConfig.Grace
+	most := 2*simConfig.LeaseTTL + 2*sweepEvery + simConfig.Grace
 	for end := time.Now().Add(most); time.Now().Before(end) && (long || len(w.left()) > 0); {
 		w.sleep(time.Second)
 	}

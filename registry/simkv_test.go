@@ -1,7 +1,6 @@
 package registry
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -480,31 +479,6 @@ func (b simBucket) keys(ctx context.Context) ([]string, error) {
 	}
 	return slices.DeleteFunc(b.keysOf(), func(k string) bool { return b.asOf(k, t).revision == 0 }), nil
 }
-
-func (b simBucket) each(ctx context.Context, from uint64, f func(key string, rec record)) (next uint64, err error) {
-	ctx, cancel := b.call(ctx)
-	defer cancel()
-	t, err := b.replica(ctx)
-	if err != nil {
-		return 0, err
-	}
-	keys := slices.DeleteFunc(b.keysOf(), func(k string) bool { return b.asOf(k, t).revision < max(from, 1) })
-	slices.SortFunc(keys, func(x, y string) int { return cmp.Compare(b.asOf(x, t).revision, b.asOf(y, t).revision) })
-	for _, k := range keys[:min(len(keys), simPage)] {
-		rec := b.asOf(k, t)
-		next = rec.revision + 1
-		if rec.exists {
-			f(k, rec)
-		}
-	}
-	if len(keys) <= simPage {
-		return 0, nil
-	}
-	return next, nil
-}
-
-// simPage is small enough for a scan to take several reads.
-const simPage = 2
 
 var (
 	_ kv            = simBucket{}

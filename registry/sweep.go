@@ -3,6 +3,7 @@ package registry
 import (
 	"context"
 	"maps"
+	"math"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -80,23 +81,23 @@ func (r *Registry) sweep(ctx context.Context) bool {
 	defer giveUp()
 	var unknown atomic.Int32
 	differ := false
-	for chunk := range slices.Chunk(holdings, pageSize) {
+	byPages(answering, holdings, func(page []*holding) bool {
 		if err == nil {
-			pause(ctx, pageWait)
-			chunk = r.differing(answering, chunk, now.last)
+			page = r.differing(answering, page, now.last)
 		}
-		differ = differ || len(chunk) > 0
-		eachOf(chunk, sweepWorkers, func(h *holding) {
+		differ = differ || len(page) > 0
+		eachOf(page, sweepWorkers, func(h *holding) {
 			if !r.check(answering, h) && unknown.Add(1) == sweepWorkers {
 				giveUp()
 			}
 		})
-	}
+		return true
+	})
 	if answering.Err() != nil {
 		return false
 	}
 	eachOf(slices.Collect(maps.Keys(orphans)), sweepWorkers, func(s bus.SessionID) { r.removeOrphan(ctx, s, orphans[s]) })
-	r.lookAtNodes(ctx)
+	r.lookAtNodes(ctx, now.last)
 	if err == nil && !differ {
 		r.settled = now
 	}
@@ -123,6 +124,27 @@ func (r *Registry) differing(ctx context.Context, holdings []*holding, since uin
 		r.mu.Unlock()
 	}
 	return differ
+}
+
+// byPages calls f for one page of list after the other, until it fails or ctx ends, and
+// returns what is left.
+func byPages[T any](ctx context.Context, list []T, f func(page []T) (ok bool)) (left []T) {
+	size, fastest := pageSize, time.Duration(math.MaxInt64)
+	for len(list) > 0 {
+		page := list[:min(size, len(list))]
+		start := time.Now()
+		if !f(page) {
+			return list
+		}
+		list = list[len(page):]
+		if fastest = min(fastest, time.Since(start)); fastest > farRead {
+			size = farPage
+		}
+		if !pause(ctx, pageWait) {
+			return list
+		}
+	}
+	return nil
 }
 
 // eachOf calls f for each of list, on as many goroutines as workers.

@@ -84,7 +84,7 @@ func (s *silence) proves(r *Registry, asked time.Time) bool {
 // lookAtNodes reads the leases of all nodes. It warns of settings that differ, and
 // turns what dead nodes held into grace: the first node at once, the others a sweep
 // later, so that one of them does the work, whichever can.
-func (r *Registry) lookAtNodes(ctx context.Context) {
+func (r *Registry) lookAtNodes(ctx context.Context, since uint64) {
 	ctx, cancel := context.WithTimeout(ctx, decideTimeout)
 	defer cancel()
 	alive, err := r.leases(ctx)
@@ -100,21 +100,26 @@ func (r *Registry) lookAtNodes(ctx context.Context) {
 	}
 	for n := range r.known {
 		if _, ok := alive[n]; !ok {
-			r.reapDue, r.reapAgain = max(r.reapDue, 1), time.Now().Add(reapAgain)
-			r.reaping.left = r.reaping.left || r.reaping.from > 0 // what has been passed over may be its
+			r.reapSoon(first == me)
 		}
 	}
-	if !r.reapAgain.IsZero() && time.Now().After(r.reapAgain) {
-		r.reapDue, r.reapAgain = max(r.reapDue, 1), time.Time{}
-	}
 	r.known = alive
-	switch {
-	case r.reapDue == 0 || r.unbrokenFor() < r.cfg.LeaseTTL:
-	case first != me && r.reapDue == 1:
-		r.reapDue = 2 // the first one is about to do it, unless it cannot
-	case r.reap(ctx, &r.reaping, alive):
-		r.reapDue = 0
+	due := since > 0 && !r.reapAt.IsZero() && !time.Now().Before(r.reapAt) && r.unbrokenFor() >= r.cfg.LeaseTTL
+	if due && r.reap(ctx, &r.reaping, alive, since) {
+		r.reapAt = time.Time{}
 	}
+}
+
+// reapSoon notes that a node has died.
+func (r *Registry) reapSoon(first bool) {
+	at := time.Now()
+	if !first {
+		at = at.Add(sweepEvery / 2) // the first one is about to do it, unless it cannot
+	}
+	if r.reapAt.IsZero() || at.Before(r.reapAt) {
+		r.reapAt = at
+	}
+	r.reaping.left = len(r.reaping.keys) > 0 // what has been passed over may be its
 }
 
 // compare warns of another node that does not go with this one.
@@ -147,53 +152,52 @@ func (r *Registry) leases(ctx context.Context) (map[bus.NodeID]nodeEntry, error)
 	return alive, nil
 }
 
-// scan is how far reap has come in the bucket.
+// scan is how far reap has come.
 type scan struct {
-	from uint64 // revision; 0: it has not begun
-	left bool   // some entries were passed over that may be of dead nodes
+	keys []string // of the bucket when it began, without those that have been looked at
+	left bool     // some of these may be of dead nodes
 }
 
 // reap turns the entries that dead nodes hold into grace, so that they end. Of
-// several nodes that try, the KV lets one succeed. It returns false if some may be
-// left: of nodes that could not be proven dead, because a write failed, or because
-// it has not come to the end in this sweep.
-func (r *Registry) reap(ctx context.Context, s *scan, alive map[bus.NodeID]nodeEntry) (done bool) {
-	dead := make(map[bus.NodeID]bool)
-	for start := time.Now(); ; {
-		next, err := r.reapPage(ctx, s, alive, dead)
+// several nodes that try, the KV lets one succeed. What it reads has every write up to
+// revision since. It returns false if some may be left: of nodes that could not be proven
+// dead, because a call failed, or because it has not come to the end in this sweep.
+func (r *Registry) reap(ctx context.Context, s *scan, alive map[bus.NodeID]nodeEntry, since uint64) (done bool) {
+	if len(s.keys) == 0 {
+		keys, err := r.presence.keys(ctx)
 		if err != nil {
 			return false
 		}
-		s.from = next
-		if next == 0 {
-			break
-		}
-		if time.Since(start) > reapTime || !pause(ctx, pageWait) {
-			return false
-		}
+		*s = scan{keys: keys}
 	}
-	done = !s.left
-	s.left = false
-	return done
+	dead := make(map[bus.NodeID]bool) // what was asked for in this sweep
+	inTime, cancel := context.WithTimeout(ctx, reapTime)
+	defer cancel()
+	s.keys = byPages(inTime, s.keys, func(page []string) bool {
+		left, err := r.reapPage(ctx, page, alive, dead, since)
+		s.left = s.left || left
+		return err == nil
+	})
+	return len(s.keys) == 0 && !s.left
 }
 
-// reapPage does that for the entries from revision s.from on. dead has the nodes that
-// were asked for in this sweep.
-func (r *Registry) reapPage(ctx context.Context, s *scan, alive map[bus.NodeID]nodeEntry, dead map[bus.NodeID]bool) (next uint64, err error) {
-	type left struct {
+// reapPage is reap for some keys. left says that one may be of a dead node still.
+func (r *Registry) reapPage(ctx context.Context, keys []string, alive map[bus.NodeID]nodeEntry, dead map[bus.NodeID]bool, since uint64) (left bool, err error) {
+	type orphaned struct {
 		key string
 		rev uint64
 		entry
 	}
-	var entries []left
-	next, err = r.presence.each(ctx, s.from, func(key string, rec record) {
+	found, err := r.presence.getMany(ctx, keys, since)
+	if err != nil {
+		return false, err
+	}
+	var entries []orphaned
+	for key, rec := range found {
 		e, ok := entryOf(rec)
 		if _, has := alive[e.Node]; ok && !has && e.State == stateHeld {
-			entries = append(entries, left{key, rec.revision, e})
+			entries = append(entries, orphaned{key, rec.revision, e})
 		}
-	})
-	if err != nil {
-		return 0, err
 	}
 	for _, l := range entries {
 		if _, asked := dead[l.Node]; !asked {
@@ -201,18 +205,18 @@ func (r *Registry) reapPage(ctx context.Context, s *scan, alive map[bus.NodeID]n
 		}
 	}
 	var failed atomic.Bool
-	eachOf(entries, sweepWorkers, func(l left) {
+	eachOf(entries, sweepWorkers, func(l orphaned) {
 		if !dead[l.Node] {
 			failed.Store(true)
 			return
 		}
 		l.State = stateGrace
-		if _, err := r.presence.put(ctx, l.key, l.encode(), l.rev, r.cfg.Grace); err != nil {
+		switch _, err := r.presence.put(ctx, l.key, l.encode(), l.rev, r.cfg.Grace); {
+		case err == nil:
+			r.log.Info("server_orphaned", "node", string(l.Node))
+		case !errors.Is(err, errLost): // to whoever claimed or orphaned it
 			failed.Store(true)
-			return
 		}
-		r.log.Info("server_orphaned", "node", string(l.Node))
 	})
-	s.left = s.left || failed.Load()
-	return next, nil
+	return failed.Load(), nil
 }

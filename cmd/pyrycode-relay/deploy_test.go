@@ -298,8 +298,11 @@ func useBuckets(t *testing.T, js jetstream.JetStream) {
 		if err != nil || !bytes.Contains(leader.Data, []byte(`"seq":`+fmt.Sprint(ack.Sequence))) {
 			t.Errorf("read %s at the leader: %v, want revision %d", config.Bucket, err, ack.Sequence)
 		}
-		if keys, err := kv.Keys(ctx); err != nil || len(keys) != 1 {
-			t.Errorf("keys of %s: %q, %v, want one", config.Bucket, keys, err)
+		for _, ask := range []string{`{"seq":1,"batch":10}`, `{"multi_last":["$KV.` + config.Bucket + `.some=20node"]}`} {
+			answer, err := js.Conn().RequestWithContext(ctx, "$JS.API.DIRECT.GET.KV_"+config.Bucket, []byte(ask))
+			if err != nil || answer.Header.Get(jetstream.SequenceHeader) != fmt.Sprint(ack.Sequence) {
+				t.Errorf("read %s from %s: %v, want revision %d", ask, config.Bucket, err, ack.Sequence)
+			}
 		}
 		if err := kv.Delete(ctx, "some=20node", jetstream.LastRevision(ack.Sequence)); err != nil {
 			t.Errorf("delete in %s: %v", config.Bucket, err)
@@ -337,7 +340,7 @@ func keepOut(t *testing.T, cluster natsCluster, gateway jetstream.JetStream, err
 	for _, subject := range []string{
 		"other.x", "$KV.other.x", "_INBOX.someone", "pyrycode.relay.v2.x",
 		"$JS.API.STREAM.INFO.OTHER", "$JS.API.STREAM.MSG.GET.OTHER", "$JS.API.DIRECT.GET.OTHER.other.x",
-		"$JS.API.CONSUMER.CREATE.OTHER.c", "$JS.API.STREAM.CREATE.MORE", "$JS.API.STREAM.NAMES",
+		"$JS.API.CONSUMER.CREATE.OTHER.c", "$JS.API.CONSUMER.CREATE.KV_pyrycode_relay_presence.c", "$JS.API.STREAM.CREATE.MORE", "$JS.API.STREAM.NAMES",
 		"$JS.API.STREAM.DELETE.KV_pyrycode_relay_presence", "$JS.API.STREAM.PURGE.KV_pyrycode_relay_presence",
 		"$JS.API.STREAM.UPDATE.KV_pyrycode_relay_presence", "$JS.API.STREAM.MSG.DELETE.KV_pyrycode_relay_presence",
 	} {
