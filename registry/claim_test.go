@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -173,6 +174,50 @@ func TestClaim_LooksFirstAfterOneThatHadBetter(t *testing.T) {
 			t.Error("looks first although nothing was in the way of the latest claim")
 		}
 	})
+}
+
+// instantKV takes every write at once.
+type instantKV struct {
+	kv
+	revision atomic.Uint64
+}
+
+func (c *instantKV) put(context.Context, string, []byte, uint64, time.Duration) (uint64, error) {
+	return c.revision.Add(1), nil
+}
+
+// Thousands of claims are answered at once on one processor: whoever else can run has a
+// turn all the same.
+func TestClaims_ACrowdYields(t *testing.T) {
+	n := newScene(t, alone).node()
+	n.cancel() // its own sweeps; its lease is fresh for as long as this takes
+	n.tasks.Wait()
+	n.presence = &instantKV{kv: n.presence}
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	const many = 2000
+	var claimed atomic.Int64
+	var all sync.WaitGroup
+	begin := make(chan struct{})
+	for i := range many {
+		b := n.newBinary(fmt.Sprint("id", i))
+		all.Go(func() {
+			<-begin
+			wantErr(t, b.serverID, b.claim(), nil)
+			claimed.Add(1)
+		})
+	}
+	runtime.Gosched() // all wait
+	close(begin)
+	most := int64(0)
+	for before := int64(0); before < many; {
+		runtime.Gosched()
+		now := claimed.Load()
+		before, most = now, max(most, now-before)
+	}
+	all.Wait()
+	if most > 100 {
+		t.Errorf("%d claims went on between two turns of somebody else, want a few", most)
+	}
 }
 
 func TestOwnLeftoverEntry_IsClaimedOver(t *testing.T) {

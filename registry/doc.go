@@ -102,9 +102,8 @@
 // began. While the bucket is what it was when everything agreed (version), it compares
 // only what is not written yet or was never compared, and everything once in ten minutes.
 //
-// A sweep reads in pages of 100 keys. What dead nodes hold is found by going through the
-// bucket in pages, by revision, over as many sweeps as that takes: what is written meanwhile
-// comes later in that order. Replicas may lag, so half a minute later it is done once more.
+// A sweep reads in pages. What dead nodes held is found by the list of all keys, in the same
+// pages, over as many sweeps as that takes: a dead node writes nothing meanwhile.
 //
 // A claim that finds an entry in its way looks first whether nobody is behind that any
 // more, by any replica: the write that follows expects the revision it saw. While that is

@@ -3,8 +3,10 @@ package registry
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -128,6 +130,68 @@ func TestSweep_ReadsEntriesOnlyWhenTheKVHasChanged(t *testing.T) {
 		}
 		read("everything, now and then", true)
 	})
+}
+
+func TestByPages(t *testing.T) {
+	list := make([]int, 2*farPage)
+	for name, c := range map[string]struct {
+		read      time.Duration
+		failsAt   int // page
+		endsAfter time.Duration
+		pages     []int
+	}{
+		"near":            {time.Millisecond, -1, time.Hour, slices.Repeat([]int{pageSize}, 20)},
+		"near, one slow":  {time.Millisecond, -1, time.Hour, slices.Repeat([]int{pageSize}, 20)},
+		"between regions": {150 * time.Millisecond, -1, time.Hour, []int{pageSize, farPage, farPage - pageSize}},
+		"a page fails":    {time.Millisecond, 2, time.Hour, []int{pageSize, pageSize}},
+		"time is up":      {150 * time.Millisecond, -1, time.Second / 5, []int{pageSize, farPage}},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), c.endsAfter)
+			defer cancel()
+			var pages []int
+			left := byPages(ctx, list, func(page []int) bool {
+				if len(pages) == c.failsAt {
+					return false
+				}
+				read := c.read
+				if name == "near, one slow" && len(pages) == 3 {
+					read = time.Second
+				}
+				time.Sleep(read) //nolint:forbidigo // a bubble
+				pages = append(pages, len(page))
+				return true
+			})
+			done := 0
+			for _, n := range pages {
+				done += n
+			}
+			if !slices.Equal(pages, c.pages) || len(left) != len(list)-done {
+				t.Errorf("%s: pages %v, %d left; want %v", name, pages, len(left), c.pages)
+			}
+		})
+	}
+}
+
+func TestReapSoon(t *testing.T) {
+	var r Registry
+	r.reaping.keys = []string{"not looked at"}
+	r.reapSoon(false)
+	if wait := time.Until(r.reapAt); wait < sweepEvery/4 || wait > sweepEvery/2 {
+		t.Errorf("not the first node: in %s, want half a sweep", wait)
+	}
+	if !r.reaping.left {
+		t.Error("a node died during a scan, and nothing is left to be looked at again")
+	}
+	due := r.reapAt
+	r.reapSoon(false) // one that restarts all the time does not put it off
+	if r.reapAt != due {
+		t.Errorf("put off by %s", r.reapAt.Sub(due))
+	}
+	r.reapSoon(true)
+	if time.Until(r.reapAt) > 0 {
+		t.Errorf("the first node: in %s, want now", time.Until(r.reapAt))
+	}
 }
 
 // purge takes a key's messages out of the stream, and leaves no marker.

@@ -4,8 +4,6 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
-
-	"github.com/pyrycode/pyrycode-relay/bus"
 )
 
 // limitListeners makes ports share a bound on open connections, WebSockets and
@@ -29,9 +27,6 @@ type limitedListener struct {
 }
 
 func (l *limitedListener) Accept() (net.Conn, error) {
-	// Whoever is connected has its turn between two new ones: 10,000 that come back at
-	// once after a gateway's death are a queue in the kernel, not in front of every frame.
-	bus.Yield()
 	select {
 	case l.slots <- struct{}{}:
 	case <-l.closed:

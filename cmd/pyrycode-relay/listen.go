@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/pires/go-proxyproto"
+
+	"github.com/pyrycode/pyrycode-relay/bus"
 )
 
 // Limits of every listener against peers that are slow or send too much. A
@@ -123,10 +125,19 @@ func (l *listeners) add(name, addr string, handler http.Handler) error {
 		return withoutAddress(err)
 	}
 	if name != "metrics" {
-		port = l.limit(port)
+		port = yieldingListener{l.limit(port)}
 	}
 	l.all = append(l.all, &listener{name, port, newServer(handler, l.log)})
 	return nil
+}
+
+// yieldingListener lets whoever is connected go first: 10,000 that come back at once after
+// a gateway's death are a queue in the kernel, not in front of every frame.
+type yieldingListener struct{ net.Listener }
+
+func (l yieldingListener) Accept() (net.Conn, error) {
+	bus.Yield()
+	return l.Listener.Accept()
 }
 
 // withoutAddress drops what the error of a listen says twice.
