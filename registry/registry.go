@@ -60,7 +60,7 @@ type Registry struct {
 	sweeps  uint64                   // so far
 	settled version                  // of the presence bucket when it agreed with all holdings; zero: that is not known
 	reapAt  time.Time                // when entries of dead nodes are to be looked for; zero: there are none
-	reaping scan
+	reaping scan                     // for them
 }
 
 // orphan is an entry to remove: a claim whose outcome was unknown, or a grace

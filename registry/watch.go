@@ -155,7 +155,7 @@ func (r *Registry) leases(ctx context.Context) (map[bus.NodeID]nodeEntry, error)
 // scan is how far reap has come.
 type scan struct {
 	keys []string // of the bucket when it began, without those that have been looked at
-	left bool     // some of these may be of dead nodes
+	left bool     // of what has been looked at, something may be a dead node's still
 }
 
 // reap turns the entries that dead nodes hold into grace, so that they end. Of
