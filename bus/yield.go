@@ -41,7 +41,7 @@ func Yield() {
 	start := time.Now()
 	runtime.Gosched() // behind everybody who can run now
 	if now := time.Now(); now.Sub(start) > yieldBusy && now.Sub(yielders.polled) > pollEvery {
-		time.Sleep(pollPause)
+		time.Sleep(pollPause) // nobody can run, so the process polls its sockets
 		yielders.polled = time.Now()
 	}
 }

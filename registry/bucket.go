@@ -54,7 +54,8 @@ type kv interface {
 	// has every write up to revision since: it waits for one. Keys without a record are
 	// not in the result, and neither may others be.
 	getMany(ctx context.Context, keys []string, since uint64) (map[string]record, error)
-	// keys lists the keys that have a record, of those that ended included, like get.
+	// keys lists the keys that have a record, of those that ended included. It may be old
+	// as getLeader.
 	keys(ctx context.Context) ([]string, error)
 }
 
